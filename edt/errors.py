@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Scripts print the message to stderr and exit with code 2 (:func:`edt.cli.exit_on_user_error`).
     """
+
+    def __str__(self) -> str:
+        # A data-loader worker hands its errors on inside a traceback's text, whose last line is the message.
+        return super().__str__().strip().rpartition("\n")[2].removeprefix(f"{__name__}.UserError: ")

@@ -1,5 +1,6 @@
 """Building blocks of EDT (paper, section 3.1 and Figure 3). Shapes: B images, N = grid^2 tokens, C channels, D = width of c."""
 
+import contextlib
 import math
 
 import torch
@@ -198,7 +199,7 @@ class LongSkip(_Enhanced):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to patches: (B, N, C) -> (B, out_channels, side, side)."""
+    """Tokens to patches: (B, N, C) -> (B, out_channels, side, side), in the weights' precision under autocast too."""
 
     def __init__(self, dim: int, patch_size: int, out_channels: int, cond_dim: int):
         super().__init__()
@@ -207,5 +208,9 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = AdaLN(cond_dim, dim)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        x = self.linear(modulate(layer_norm(x), *self.adaLN_modulation(c)))
+        device, dtype = x.device.type, self.linear.weight.dtype
+        autocasts = torch.amp.is_autocast_available(device)  # not on "meta"
+        with torch.autocast(device, enabled=False) if autocasts else contextlib.nullcontext():
+            x, c = x.to(dtype), c.to(dtype)
+            x = self.linear(modulate(layer_norm(x), *self.adaLN_modulation(c)))
         return unmerge(x, self.patch_size).permute(0, 3, 1, 2)

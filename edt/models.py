@@ -184,9 +184,7 @@ class EDT(nn.Module):
         x = self._stage(3, x, c)                                                # (B, T/4, w2)
         x = self.concat_blocks[1](self.up_blocks[1](x), embedded, c)            # (B, T, w1)
         x = self._stage(4, x, c)                                                # (B, T, w1)
-        with torch.autocast(x.device.type, enabled=False):  # the output stays float32 in mixed precision
-            dtype = self.final_layer.linear.weight.dtype
-            return self.final_layer(x.to(dtype), c.to(dtype))                   # (B, 2C, S, S)
+        return self.final_layer(x, c)                                           # (B, 2C, S, S)
 
     def forward_with_cfg(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None, cfg_scale: float

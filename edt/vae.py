@@ -1,0 +1,89 @@
+"""Images to latents and back: the SD-VAE through diffusers, or none at all ("pixels")."""
+
+from pathlib import Path
+
+import torch
+
+from edt.errors import UserError
+
+
+class PixelVAE:
+    """No VAE: images in [-1, 1] are the latents."""
+
+    channels, downsampling, scaling_factor = 3, 1, 1.0
+
+    def encode(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Images are their own latents; ``noise`` has nothing to sample."""
+        return images
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+
+class LatentVAE:
+    """A diffusers ``AutoencoderKL`` with its scaling factor.
+
+    Attributes:
+        channels: of the latent.
+        downsampling: image pixels per latent pixel along a side.
+        scaling_factor: the network's latents are the VAE's times this.
+    """
+
+    def __init__(self, autoencoder: torch.nn.Module):
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.channels = autoencoder.config.latent_channels
+        self.downsampling = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+        self.scaling_factor = autoencoder.config.scaling_factor
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """One posterior sample: images (B, 3, H, W) in [-1, 1], noise like the latents -> latents (B, C, h, w)."""
+        posterior = self.autoencoder.encode(images).latent_dist
+        return (posterior.mean + posterior.std * noise) * self.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, H, W), nominally in [-1, 1]."""
+        return self.autoencoder.decode(latents / self.scaling_factor).sample
+
+
+def load_vae(name: str, device: torch.device | str = "cpu") -> PixelVAE | LatentVAE:
+    """Load a VAE.
+
+    Args:
+        name: "ema" or "mse" (stabilityai/sd-vae-ft-..., or a clone of it in the working directory), a folder, a hub
+            id, or "pixels".
+
+    Raises:
+        UserError: there is no such VAE, or it cannot be fetched.
+    """
+    if name == "pixels":
+        return PixelVAE()
+    if name in ("ema", "mse"):
+        clone = Path(f"sd-vae-ft-{name}")
+        name = str(clone) if clone.is_dir() else f"stabilityai/{clone}"
+    from diffusers import AutoencoderKL  # slow to import, and pixels do without
+
+    try:
+        return LatentVAE(AutoencoderKL.from_pretrained(name).to(device))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"cannot load the VAE {name} ({reason}); give --vae a folder with a diffusers AutoencoderKL, a hub id, or pixels"
+        ) from None
+
+
+def latent_shape(vae: PixelVAE | LatentVAE, image_size: int) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of ``image_size`` pixels.
+
+    Raises:
+        UserError: the VAE does not divide that size.
+    """
+    if image_size < 1 or image_size % vae.downsampling:
+        raise UserError(f"image size {image_size} is not supported; choose a multiple of {vae.downsampling}")
+    return (vae.channels, image_size // vae.downsampling, image_size // vae.downsampling)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 as ADM does: truncate(clamp(127.5 x + 128))."""
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
