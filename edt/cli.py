@@ -5,6 +5,9 @@ import functools
 import sys
 from collections.abc import Callable
 
+import torch
+from accelerate import Accelerator
+
 from edt.errors import UserError
 
 
@@ -28,3 +31,9 @@ def true_or_false(text: str) -> bool:
         return {"true": True, "false": False}[text.lower()]
     except KeyError:
         raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}") from None
+
+
+def make_accelerator(bf16: bool = False) -> Accelerator:
+    """The process's device and its place among the others: under ``python``, ``torchrun`` or ``accelerate launch``,
+    on GPUs if there are any, else on the CPU with gloo."""
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if bf16 else "no")

@@ -78,6 +78,6 @@ def extract_features(
         latents = vae.encode(pixels.to(device), normal(config.seed, "posterior", 0, indices, shape, device))
         for index, latent, label in zip(indices.tolist(), latents.cpu().numpy(), labels.numpy(), strict=True):
             for kind, value in ((FEATURES, latent[None]), (LABELS, np.atleast_1d(label))):
-                with whole_file(path / kind / f"{index}.npy") as temporary, open(temporary, "wb") as file:
+                with whole_file(path / kind / f"{index}.npy", durable=False) as temporary, open(temporary, "wb") as file:
                     np.save(file, value)
         yield len(indices)

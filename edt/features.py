@@ -42,9 +42,32 @@ class Features(torch.utils.data.Dataset):
             )
         self.names = sorted(names[0], key=lambda name: (len(name), name))  # 2 before 10
         self.manifest = read_json(self.path / MANIFEST) if (self.path / MANIFEST).exists() else {}
+        if self.manifest.get("count", len(self.names)) != len(self.names):
+            raise UserError(
+                f"{self.path} holds {len(self.names)} of {self.manifest['count']} features; run extract_features.py again"
+            )
         self.num_classes = len(self.manifest["classes"]) if "classes" in self.manifest else None
         self.latent_shape = tuple(self._read(FEATURES, self.names[0]).shape[-3:])
         self.labels = np.concatenate([self._read(LABELS, name).reshape(1) for name in self.names]).astype(np.int64)
+
+    def check(self, image_size: int | None = None, vae: str | None = None, num_classes: int | None = None) -> None:
+        """Compare with what the user takes the features for (None: nothing), and settle the number of classes.
+
+        Raises:
+            UserError: they were made otherwise, or a label is beyond the classes.
+        """
+        for name, wanted in {"image_size": image_size, "vae": vae}.items():
+            if wanted is not None and self.manifest.get(name, wanted) != wanted:
+                raise UserError(f"the features in {self.path} have {name} {self.manifest[name]}, not {wanted}; extract them anew")
+        if num_classes is None:
+            num_classes = self.num_classes if self.num_classes is not None else 1000
+        if self.labels.max() >= max(num_classes, 1) and num_classes:
+            raise UserError(f"{self.path} has label {self.labels.max()}, beyond --num-classes {num_classes}")
+        self.num_classes = num_classes
+
+    def notes(self) -> dict:
+        """What a checkpoint records of its features."""
+        return {name: self.manifest[name] for name in ("vae", "image_size", "scaling_factor", "classes") if name in self.manifest}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -58,7 +81,8 @@ class Features(torch.utils.data.Dataset):
                 file = self.path / FEATURES / f"{self.names[index]}.npy"
                 raise UserError(f"{file} has shape {latent.shape}, the others {self.latent_shape}; extract it anew")
             latents[row] = latent.reshape(self.latent_shape)
-        return torch.from_numpy(latents), torch.from_numpy(self.labels[indices])
+        labels = self.labels[indices] if self.num_classes != 0 else np.zeros(len(indices), np.int64)  # 0: unconditional
+        return torch.from_numpy(latents), torch.from_numpy(labels)
 
     def _read(self, kind: str, name: str) -> np.ndarray:
         file = self.path / kind / f"{name}.npy"

@@ -10,13 +10,17 @@ from edt.errors import UserError
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path to write to, beside ``path``; synced and renamed to it on success, removed on failure."""
+def whole_file(path: str | Path, durable: bool = True) -> Iterator[Path]:
+    """A temporary path to write to, beside ``path``; renamed to it on success, removed on failure.
+
+    ``durable`` waits until the disk has it first; millions of small files do without.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        sync(temporary)
+        if durable:
+            sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

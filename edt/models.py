@@ -300,7 +300,7 @@ PRESETS: dict[str, dict] = {
     "EDT-XL/2": {**_XL, "depths": (6, 4, 4, 7, 7)},
     "EDT-XL/2-paper": {**_XL, "depths": (5, 5, 4, 7, 7)},
     # For the demo and the tests: a few minutes on a CPU. Placement by analogy: the last block of stages 4 and 5.
-    "EDT-Tiny/2": {"heads": (2, 3, 4), "depths": (2, 2, 1, 2, 2), "patch_size": 2, "amm": Placement((6, 8), (6,))},
+    "EDT-Tiny/2": {"heads": (2, 3, 4), "depths": (1, 1, 1, 2, 2), "patch_size": 2, "amm": Placement((4, 6), (4,))},
 }
 
 

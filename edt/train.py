@@ -1,0 +1,186 @@
+"""Training (paper, section 3.3 and 4.1): two passes a step, Adan, EMA; state that a run can be continued from."""
+
+import contextlib
+import copy
+import dataclasses
+import signal
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+
+from edt.checkpoint import flatten_optimizer, restore_optimizer
+from edt.diffusion import create_diffusion, create_timestep_sampler
+from edt.draws import StepDraws, draw_step
+from edt.ema import update_ema
+from edt.errors import UserError
+from edt.features import Features
+from edt.models import EDT
+from edt.optim import create_optimizer, learning_rate
+from edt.randomness import epoch_order
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What the weights after a number of steps depend on, besides model and features. Defaults are the release's."""
+
+    seed: int = 42
+    global_batch_size: int = 256
+    init_lr: float = 1e-3
+    lr_steps: int = 400_000
+    """Steps over which the learning rate falls linearly to 5e-5."""
+    optimizer: str = "adan"
+    ema_decay: float = 0.9999
+    label_dropout: float = 0.1
+    masking: str = "edt"
+    """"edt": a full and a masked pass a step; "none": the full pass alone (the paper's starred models)."""
+    noise: str = "independent"
+    """"independent": each pass draws its own noise and label dropout (release); "shared": one draw (paper, Eq. 3)."""
+    schedule_sampler: str = "loss-second-moment"
+    precision: str = "tf32"
+    """"fp32", "tf32" (matrix products on a GPU), or "bf16" (autocast; weights, optimizer, EMA and loss stay fp32)."""
+
+
+class Trainer:
+    """Owns everything that changes during training, and one step of it.
+
+    Attributes:
+        model, ema: the bare networks.
+        step: optimizer steps taken.
+    """
+
+    def __init__(self, model: EDT, config: TrainConfig, accelerator: Accelerator, micro_batch_size: int | None = None):
+        """Args:
+        micro_batch_size: images a process puts through the network at once; None is all of its share. The update is
+            that of the whole batch.
+
+        Raises:
+            UserError: the global batch does not divide over the processes.
+        """
+        world = accelerator.num_processes
+        if config.global_batch_size < 1 or config.global_batch_size % world:
+            raise UserError(f"--global-batch-size {config.global_batch_size} does not divide over {world} processes")
+        self.config, self.accelerator = config, accelerator
+        self.local_batch = config.global_batch_size // world
+        self.rows = slice(accelerator.process_index * self.local_batch, (accelerator.process_index + 1) * self.local_batch)
+        self.micro_batch = min(micro_batch_size or self.local_batch, self.local_batch)
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
+        self.model = model.to(accelerator.device).train()
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = create_optimizer(config.optimizer, self.model.parameters(), config.init_lr)
+        self.wrapped = accelerator.prepare_model(self.model)  # distributed, and in autocast if asked
+        self.diffusion = create_diffusion()
+        self.timestep_sampler = create_timestep_sampler(config.schedule_sampler, self.diffusion.num_timesteps)
+        self.timestep_sampler.to(accelerator.device)
+        self.step = 0
+
+    def draw(self) -> StepDraws:
+        """This step's draws for the global batch."""
+        config = self.config
+        return draw_step(
+            config.seed, self.step, config.global_batch_size, self.model.config, self.timestep_sampler,
+            self.accelerator.device, masking=config.masking, noise=config.noise, label_dropout=config.label_dropout,
+        )  # fmt: skip
+
+    def update(self, x_start: torch.Tensor, y: torch.Tensor, draws: StepDraws) -> torch.Tensor:
+        """One step: losses, gradients, optimizer, EMA, timestep sampler.
+
+        Args:
+            x_start: this process's share of the latents, (b, C, S, S).
+            y: its labels, (b,).
+            draws: of the global batch, B.
+
+        Returns:
+            unweighted losses of the global batch, (B, passes), in its order.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.config.init_lr, self.config.lr_steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.accelerator.gather(self._backward(x_start, y, draws.rows(self.rows)))
+        self.optimizer.step()
+        update_ema(self.ema, self.model, self.config.ema_decay)
+        self.timestep_sampler.update(draws.t, losses.sum(dim=1))
+        self.step += 1
+        return losses
+
+    def _backward(self, x_start: torch.Tensor, y: torch.Tensor, draws: StepDraws) -> torch.Tensor:
+        """Gradients of mean(weight * loss), summed over the passes; returns the losses, (b, passes).
+
+        Passes and micro-batches are back-propagated one after the other, so only one of them is in memory; the
+        processes exchange gradients in the last.
+        """
+        starts = range(0, self.local_batch, self.micro_batch)
+        losses = x_start.new_empty(self.local_batch, len(draws.passes))
+        for start in starts:
+            rows = slice(start, start + self.micro_batch)
+            part = draws.rows(rows)
+            for column, one in enumerate(part.passes):
+                last = start == starts[-1] and column == len(draws.passes) - 1
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                    labels = torch.where(one.drop, self.model.num_classes, y[rows])
+                    loss = self.diffusion.training_losses(
+                        self.wrapped, x_start[rows], part.t, one.noise, {"y": labels, "masks": one.masks}
+                    )["loss"]
+                    self.accelerator.backward((part.weight * loss).sum() / self.local_batch)
+                losses[rows, column] = loss.detach()
+        return losses
+
+    def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict]]:
+        """Everything a run is continued from, as named tensors and JSON documents (see edt.checkpoint)."""
+        names = [name for name, _ in self.model.named_parameters()]
+        optimizer, rest = flatten_optimizer(self.optimizer, names)
+        tensors = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": optimizer,
+            "sampler": self.timestep_sampler.state_dict(),
+        }
+        return tensors, {"state": {"step": self.step, "optimizer": rest, "config": dataclasses.asdict(self.config)}}
+
+    def load_state(self, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
+        """Inverse of :meth:`state`."""
+        names = [name for name, _ in self.model.named_parameters()]
+        self.model.load_state_dict(tensors["model"])
+        self.ema.load_state_dict(tensors["ema"])
+        restore_optimizer(self.optimizer, names, tensors["optimizer"], state["optimizer"])
+        self.timestep_sampler.load_state_dict(tensors["sampler"])
+        self.step = state["step"]
+
+
+class BatchIndices:
+    """This process's image indices of each step from ``first_step`` on, without end.
+
+    An epoch drops what does not fill a global batch.
+    """
+
+    def __init__(self, count: int, seed: int, global_batch_size: int, rows: slice, first_step: int = 0):
+        if count < global_batch_size:
+            raise UserError(f"{count} images are fewer than --global-batch-size {global_batch_size}")
+        self.count, self.seed, self.batch, self.rows, self.first_step = count, seed, global_batch_size, rows, first_step
+        self.steps_per_epoch = count // global_batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.first_step
+        while True:
+            epoch, position = divmod(step, self.steps_per_epoch)
+            start = position * self.batch
+            yield epoch_order(self.seed, epoch, self.count)[start : start + self.batch][self.rows].tolist()
+            step += 1
+
+
+def batches(features: Features, indices: BatchIndices, num_workers: int, pin_memory: bool) -> Iterator:
+    """(latents, labels) of each step, read ahead by ``num_workers`` processes."""
+    return iter(
+        torch.utils.data.DataLoader(
+            features, batch_size=None, sampler=indices, num_workers=num_workers, pin_memory=pin_memory,
+            worker_init_fn=_ignore_signals,
+        )
+    )  # fmt: skip
+
+
+def _ignore_signals(worker: int) -> None:
+    """Whether to stop is for the process that trains to decide; its workers read on until it tells them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
