@@ -17,8 +17,9 @@ from edt.features import Features
 from edt.fit import fit, log_to
 from edt.models import EDT_models
 from edt.optim import OPTIMIZERS
+from edt.precision import PRECISIONS
 from edt.runs import Run, locked, run_folder
-from edt.train import PRECISIONS, BatchIndices, TrainConfig, Trainer
+from edt.train import BatchIndices, TrainConfig, Trainer
 
 
 def parser() -> argparse.ArgumentParser:

@@ -133,6 +133,23 @@ def _strip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in weights.items()}
 
 
+def weights_file(path: str | Path, which: str = "ema") -> Path:
+    """The file that holds the weights ``which`` of a checkpoint folder, of a run's newest checkpoint, or the file itself."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no checkpoint at {path}; give --ckpt a checkpoint folder, a run folder or a .pt file")
+    if path.is_dir():
+        path = (newest_checkpoint(path / "checkpoints") or path) / f"{which}.safetensors"
+        if not path.exists():
+            raise UserError(f"no {path.name} in {path.parent}; give --ckpt a checkpoint folder, a run folder or a .pt file")
+    return path
+
+
+def fingerprint_weights(path: str | Path, which: str = "ema") -> str:
+    """SHA-256 of the file that :func:`weights_file` finds."""
+    return _fingerprint(weights_file(path, which))[1]
+
+
 def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, torch.Tensor], EDTConfig, dict]:
     """Weights, model configuration and notes of a checkpoint.
 
@@ -144,14 +161,7 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, torch.
     Returns:
         named tensors, their configuration (read off the tensors where none is saved), and config.json's contents.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"no checkpoint at {path}; give --ckpt a checkpoint folder, a run folder or a .pt file")
-    if path.is_dir():
-        inside = list_checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-        path = (inside[-1] if inside else path) / f"{which}.safetensors"
-        if not path.exists():
-            raise UserError(f"no {path.name} in {path.parent}; give --ckpt a checkpoint folder, a run folder or a .pt file")
+    path = weights_file(path, which)
     if path.suffix == ".safetensors":
         weights, notes = _strip(read_tensors(path)), path.with_name("config.json")
         notes = read_json(notes) if notes.exists() else {}

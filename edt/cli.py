@@ -2,13 +2,19 @@
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 
+from edt.checkpoint import load_model
 from edt.errors import UserError
+from edt.models import EDT, EDT_models
+from edt.precision import PRECISIONS
+from edt.vae import LatentVAE, PixelVAE, load_vae
 
 
 def exit_on_user_error(main: Callable) -> Callable:
@@ -37,3 +43,64 @@ def make_accelerator(bf16: bool = False) -> Accelerator:
     """The process's device and its place among the others: under ``python``, ``torchrun`` or ``accelerate launch``,
     on GPUs if there are any, else on the CPU with gloo."""
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if bf16 else "no")
+
+
+class Place(NamedTuple):
+    """Where this process stands among those started by torchrun or accelerate launch."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def find_place() -> Place:
+    """For work that needs no exchange between processes: no process group, so nothing to wait for or to time out."""
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
+                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    return Place(rank, world_size, torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu"))
+
+
+def add_sampling_arguments(p: argparse.ArgumentParser, *, cfg_scale: float) -> None:
+    """What both image generators take."""
+    p.add_argument("--ckpt", required=True, help="checkpoint folder, run folder, .safetensors, or a .pt of the release")
+    p.add_argument("--weights", choices=["ema", "model"], default="ema", help="which weights of the checkpoint")
+    p.add_argument("--model", metavar="NAME", help=f"what the checkpoint must be; one of {', '.join(EDT_models)}")
+    p.add_argument("--image-size", type=int, help="pixels; default: the checkpoint's")
+    p.add_argument("--num-classes", type=int, help="default: the checkpoint's")
+    p.add_argument("--vae", help="ema, mse, a folder, a hub id, or pixels; default: what the checkpoint was trained on, else ema")
+    p.add_argument("--cfg-scale", type=float, default=cfg_scale, help="1: no guidance")
+    p.add_argument("--num-sampling-steps", default="250", help="250, ddim50, or sections like 10,15,25")
+    p.add_argument("--solver", choices=["ddpm", "ddim"], default="ddpm")
+    p.add_argument("--precision", choices=PRECISIONS, default="tf32")
+    g = p.add_argument_group("Attention Modulation Matrix")
+    g.add_argument("--amm", nargs="?", const=True, type=true_or_false, metavar="True|False")
+    g.add_argument("--no-amm", dest="amm", action="store_false")
+    g.add_argument("--amm-blocks", help="0-based, e.g. 7,10; default: placed by model, resolution and guidance scale")
+    g.add_argument("--amm-form", choices=["256", "512"], help="default: by resolution")
+    g.add_argument("--amm-radius", type=float, help="tokens; default: the paper's sqrt((N-1)^2+4)")
+
+
+def load_for_sampling(args: argparse.Namespace, device: torch.device) -> tuple[EDT, PixelVAE | LatentVAE, dict]:
+    """Model, VAE and the checkpoint's notes for the arguments above."""
+    model, notes = load_model(args.ckpt, args.model, which=args.weights, num_classes=args.num_classes)
+    trained_on = notes.get("features", {})
+    vae_name = args.vae or trained_on.get("vae", "ema")
+    vae = load_vae(vae_name, device)
+    image_size = model.config.input_size * vae.downsampling
+    if args.image_size not in (None, image_size):
+        raise UserError(f"{args.ckpt} makes images of {image_size} pixels, not {args.image_size}; leave --image-size out")
+    if vae.channels != model.in_channels:
+        raise UserError(f"the VAE {vae_name} has {vae.channels} latent channels, the model {model.in_channels}; give its --vae")
+    notes = {**notes, "features": {**trained_on, "vae": vae_name, "image_size": image_size}}
+    return model.to(device), vae, notes
+
+
+def apply_amm(model: EDT, args: argparse.Namespace, on: bool) -> tuple[int, ...]:
+    """Set AMM as the arguments say, or off; returns the modulated blocks."""
+    if not on:
+        return model.set_amm(None)
+    try:
+        blocks = [int(part) for part in args.amm_blocks.split(",")] if args.amm_blocks else "auto"
+    except ValueError:
+        raise UserError(f"cannot read --amm-blocks {args.amm_blocks!r}; give block numbers like 7,10") from None
+    return model.set_amm(blocks, form=args.amm_form, radius=args.amm_radius, cfg_scale=args.cfg_scale)

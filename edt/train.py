@@ -17,9 +17,8 @@ from edt.errors import UserError
 from edt.features import Features
 from edt.models import EDT
 from edt.optim import create_optimizer, learning_rate
+from edt.precision import allow_tf32
 from edt.randomness import epoch_order
-
-PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Trainer:
         self.local_batch = config.global_batch_size // world
         self.rows = slice(accelerator.process_index * self.local_batch, (accelerator.process_index + 1) * self.local_batch)
         self.micro_batch = min(micro_batch_size or self.local_batch, self.local_batch)
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
+        allow_tf32(config.precision)
         self.model = model.to(accelerator.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = create_optimizer(config.optimizer, self.model.parameters(), config.init_lr)

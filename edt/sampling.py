@@ -1,0 +1,123 @@
+"""Images from a model: image i depends on (weights, recipe, i) only, whatever batch or process it is drawn in."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from edt.diffusion import create_diffusion
+from edt.errors import UserError
+from edt.models import EDT
+from edt.precision import allow_tf32
+from edt.randomness import integers, normal
+from edt.vae import LatentVAE, PixelVAE, to_uint8
+
+SOLVERS = ("ddpm", "ddim")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything an image depends on besides the weights and its index. Defaults are the 50,000-image script's."""
+
+    seed: int = 42
+    num_sampling_steps: str = "250"
+    solver: str = "ddpm"
+    cfg_scale: float = 1.0
+    precision: str = "tf32"
+    """As in edt.train.TrainConfig; the state of the sampler is fp32 always."""
+    labels: str = "uniform"
+    """"uniform" at random (the paper's way), "balanced", or class indices separated by commas."""
+
+    def __post_init__(self):
+        if not self.cfg_scale >= 1 or not math.isfinite(self.cfg_scale):
+            raise UserError(f"--cfg-scale must be 1 (no guidance) or more, got {self.cfg_scale}")
+        if self.solver not in SOLVERS:
+            raise UserError(f"unknown solver {self.solver!r}; choose one of {', '.join(SOLVERS)}")
+        create_diffusion(self.num_sampling_steps)  # refuses what cannot be
+
+    def labels_of(self, indices: torch.Tensor, num_classes: int) -> torch.Tensor:
+        """Labels of images, (n,) int64.
+
+        Raises:
+            UserError: a class outside the model's.
+        """
+        if num_classes == 0:
+            return torch.zeros_like(indices)
+        if self.labels == "uniform":
+            return integers(self.seed, "labels", 0, indices, num_classes)
+        if self.labels == "balanced":
+            return indices % num_classes
+        try:
+            classes = torch.tensor([int(part) for part in self.labels.split(",")])
+        except ValueError:
+            raise UserError(f"cannot read labels {self.labels!r}; give uniform, balanced or e.g. 207,360") from None
+        check_classes(classes.tolist(), num_classes)
+        return classes[indices % len(classes)]
+
+
+def check_classes(classes: Sequence[int], num_classes: int) -> None:
+    """Raises a UserError if a class is outside the model's."""
+    for label in classes:
+        if not 0 <= label < max(num_classes, 1):
+            raise UserError(f"class {label} is outside the model's classes, 0 to {max(num_classes, 1) - 1}")
+
+
+class Batch(NamedTuple):
+    """Some finished images, on the CPU."""
+
+    indices: torch.Tensor  # (n,) int64
+    images: torch.Tensor  # (n, H, W, 3) uint8
+    labels: torch.Tensor  # (n,) int64
+
+
+def sample_latents(
+    model: EDT, recipe: Recipe, indices: torch.Tensor, labels: torch.Tensor, progress: bool = False
+) -> torch.Tensor:
+    """Latents of images ``indices`` with ``labels``, (n, C, S, S) on the model's device."""
+    device, config = model.pos_embed.device, model.config
+    shape = (config.in_channels, config.input_size, config.input_size)
+
+    def noise_at(i: int) -> torch.Tensor:
+        """The noise of loop step i = 1, 2, ...; 0 is what the loop starts from."""
+        return normal(recipe.seed, "noise", i, indices, shape, device)
+
+    diffusion = create_diffusion(recipe.num_sampling_steps)
+    loop = diffusion.p_sample_loop if recipe.solver == "ddpm" else diffusion.ddim_sample_loop
+    kwargs = {"y": labels.to(device), "cfg_scale": recipe.cfg_scale}
+    allow_tf32(recipe.precision)
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        return loop(model.forward_with_cfg, noise_at(0), kwargs, noise_at=noise_at, progress=progress)
+
+
+@torch.no_grad()
+def generate(
+    model: EDT,
+    vae: PixelVAE | LatentVAE,
+    recipe: Recipe,
+    indices: torch.Tensor,
+    batch_size: int,
+    *,
+    labels: torch.Tensor | None = None,
+    progress: bool = False,
+) -> Iterator[Batch]:
+    """Draw images, a batch at a time.
+
+    Args:
+        model: in eval mode, AMM set as wanted.
+        indices: the images, (n,) int64.
+        labels: their labels, (n,); None follows the recipe.
+        progress: show a bar over the denoising steps of each batch.
+
+    Raises:
+        UserError: an image is not finite, naming it; labels outside the model's classes.
+    """
+    if labels is None:
+        labels = recipe.labels_of(indices, model.num_classes)
+    for some, their_labels in zip(indices.split(batch_size), labels.split(batch_size), strict=True):
+        images = vae.decode(sample_latents(model, recipe, some, their_labels, progress))
+        broken = ~images.isfinite().flatten(1).all(dim=1).cpu()
+        if broken.any():
+            raise UserError(f"images {some[broken].tolist()} are not finite; are the weights whole? try --precision fp32")
+        yield Batch(some, to_uint8(images).cpu(), their_labels)
