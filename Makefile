@@ -1,0 +1,33 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: install demo test test-all lint clean
+
+# One installation for the demo and the tests; repeated when pyproject.toml changes.
+install: $(VENV)/.installed
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else 'error: EDT needs Python 3.11 to 3.13; make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[demo,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python tools/demo.py
+
+lint: install
+	$(BIN)/ruff check .
+
+test: install lint
+	$(BIN)/python -m pytest -m "not slow" -q
+
+# TensorFlow, for the tests that run ADM's graph itself.
+$(VENV)/.installed-tf: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[tf]'
+	touch $@
+
+test-all: $(VENV)/.installed-tf lint
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf runs/demo
