@@ -1,0 +1,66 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its state for the life of a process; every test starts anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """40 images of 16 x 16 in three classes, of odd names."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        path = folder / ("ant", "bee", "cat")[i % 3] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def features(image_folder, tmp_path_factory) -> Path:
+    """Pixel features of ``image_folder``."""
+    import extract_features
+
+    folder = tmp_path_factory.mktemp("features")
+    extract_features.main(["--data-path", str(image_folder), "--features-path", str(folder), "--vae", "pixels",
+                           "--image-size", "16", "--num-workers", "0"])  # fmt: skip
+    return folder
+
+
+TRAIN = ("--model", "EDT-Tiny/2", "--global-batch-size", "4", "--num-workers", "0", "--log-every", "1")
+
+
+@pytest.fixture(scope="session")
+def run_folder(features, tmp_path_factory) -> Path:
+    """A run of the tiny model, two steps long."""
+    import train_mask_adan
+
+    folder = tmp_path_factory.mktemp("run") / "run"
+    code = train_mask_adan.main([*TRAIN, "--feature-path", str(features), "--run-dir", str(folder), "--max-steps", "2"])
+    assert code == 0
+    return folder
+
+
+def run_script(*command, **options) -> subprocess.CompletedProcess:
+    """Run a command from the project's root, as a user would."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, text=True, capture_output=True,
+                          timeout=300, **options)  # fmt: skip
