@@ -1,6 +1,6 @@
 """Extract VAE features of an image folder (one sub-folder a class).
 
-    torchrun --nproc_per_node 8 extract_features.py --data-path imagenet/train --features-path features256
+torchrun --nproc_per_node 8 extract_features.py --data-path imagenet/train --features-path features256
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Draw images of chosen classes, with and without AMM from the same noise, as a grid.
 
-    python image_generator.py --model EDT-XL/2 --ckpt EDT-XL.pt --classes 207 360 --cfg-scale 4
+python image_generator.py --model EDT-XL/2 --ckpt EDT-XL.pt --classes 207 360 --cfg-scale 4
 """
 
 import argparse
@@ -37,7 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     device = find_place().device
     recipe = Recipe(args.seed, args.num_sampling_steps, args.solver, args.cfg_scale, args.precision)
     model, vae, notes = load_for_sampling(args, device)
-    classes = args.classes or [label for label in IMAGENET_CLASSES if model.num_classes == 1000] or range(min(9, model.num_classes or 1))
+    classes = (
+        args.classes
+        or [label for label in IMAGENET_CLASSES if model.num_classes == 1000]
+        or range(min(9, model.num_classes or 1))
+    )
     check_classes(classes, model.num_classes)
     if args.num_variations < 1:
         raise UserError("--num-variations must be 1 or more")

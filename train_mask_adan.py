@@ -1,6 +1,6 @@
 """Train EDT on extracted features with the masking strategy.
 
-    accelerate launch --multi_gpu --num_processes 8 train_mask_adan.py --model EDT-S/2 --feature-path features256 --epochs 81
+accelerate launch --multi_gpu --num_processes 8 train_mask_adan.py --model EDT-S/2 --feature-path features256 --epochs 81
 """
 
 import argparse

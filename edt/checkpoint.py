@@ -32,9 +32,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 
-def save_checkpoint(
-    folder: Path, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, dict]
-) -> None:
+def save_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, dict]) -> None:
     """Write a checkpoint folder, whole or not at all.
 
     Args:
@@ -216,7 +214,9 @@ def _check_shapes(weights: dict[str, torch.Tensor], config: EDTConfig, title: st
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
     if wrong:
         shown = "; ".join(f"{name} is {found.get(name, 'absent')}, not {expected.get(name, 'expected')}" for name in wrong[:3])
-        raise UserError(f"checkpoint {title}: {len(wrong)} tensors do not fit: {shown}; give the --model, image size and classes it has")
+        raise UserError(
+            f"checkpoint {title}: {len(wrong)} tensors do not fit: {shown}; give the --model, image size and classes it has"
+        )
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict]:

@@ -67,7 +67,9 @@ def add_sampling_arguments(p: argparse.ArgumentParser, *, cfg_scale: float) -> N
     p.add_argument("--model", metavar="NAME", help=f"what the checkpoint must be; one of {', '.join(EDT_models)}")
     p.add_argument("--image-size", type=int, help="pixels; default: the checkpoint's")
     p.add_argument("--num-classes", type=int, help="default: the checkpoint's")
-    p.add_argument("--vae", help="ema, mse, a folder, a hub id, or pixels; default: what the checkpoint was trained on, else ema")
+    p.add_argument(
+        "--vae", help="ema, mse, a folder, a hub id, or pixels; default: what the checkpoint was trained on, else ema"
+    )
     p.add_argument("--cfg-scale", type=float, default=cfg_scale, help="1: no guidance")
     p.add_argument("--num-sampling-steps", default="250", help="250, ddim50, or sections like 10,15,25")
     p.add_argument("--solver", choices=["ddpm", "ddim"], default="ddpm")

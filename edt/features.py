@@ -58,7 +58,9 @@ class Features(torch.utils.data.Dataset):
         """
         for name, wanted in {"image_size": image_size, "vae": vae}.items():
             if wanted is not None and self.manifest.get(name, wanted) != wanted:
-                raise UserError(f"the features in {self.path} have {name} {self.manifest[name]}, not {wanted}; extract them anew")
+                raise UserError(
+                    f"the features in {self.path} have {name} {self.manifest[name]}, not {wanted}; extract them anew"
+                )
         if num_classes is None:
             num_classes = self.num_classes if self.num_classes is not None else 1000
         if self.labels.max() >= max(num_classes, 1) and num_classes:
@@ -67,7 +69,9 @@ class Features(torch.utils.data.Dataset):
 
     def notes(self) -> dict:
         """What a checkpoint records of its features."""
-        return {name: self.manifest[name] for name in ("vae", "image_size", "scaling_factor", "classes") if name in self.manifest}
+        return {
+            name: self.manifest[name] for name in ("vae", "image_size", "scaling_factor", "classes") if name in self.manifest
+        }
 
     def __len__(self) -> int:
         return len(self.names)

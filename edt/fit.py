@@ -24,16 +24,17 @@ class Meter:
     def __init__(self, num_timesteps: int, device: torch.device):
         self.num_timesteps = num_timesteps
         self.losses = torch.zeros(2, device=device)  # full pass, masked pass
-        self.quartiles = torch.zeros(2, QUARTILES, device=device)  # sum and number of losses by timestep
+        self.quartiles = torch.zeros(2, QUARTILES, device=device)  # by timestep: sum of losses, of importance weights
         self.steps, self.since = 0, time.perf_counter()
 
     def add(self, losses: torch.Tensor, draws: StepDraws) -> None:
-        """Take in a step's unweighted losses, (B, passes)."""
-        means = losses.mean(dim=0)
+        """Take in a step's unweighted losses, (B, passes). What is reported is importance-weighted, as what is
+        trained on: otherwise it would rise when the timestep sampler begins to prefer the hard timesteps."""
+        weighted = losses * draws.weight[:, None]
+        means = weighted.mean(dim=0)
         self.losses[: len(means)] += means
-        total = losses.sum(dim=1)
         quartile = draws.t * QUARTILES // self.num_timesteps
-        self.quartiles.index_add_(1, quartile, torch.stack([total, torch.ones_like(total)]))
+        self.quartiles.index_add_(1, quartile, torch.stack([weighted.sum(dim=1), draws.weight]))
         self.steps += 1
 
     def read(self, batch: int) -> dict[str, float | list | None]:

@@ -59,9 +59,7 @@ class EDTConfig:
         object.__setattr__(self, "heads", tuple(self.heads))
         if self.amm is not None:
             low, high, at_512 = self.amm
-            object.__setattr__(
-                self, "amm", Placement(tuple(low), tuple(high), None if at_512 is None else tuple(at_512))
-            )
+            object.__setattr__(self, "amm", Placement(tuple(low), tuple(high), None if at_512 is None else tuple(at_512)))
         if len(self.depths) != 5 or len(self.heads) != 3 or min(self.depths) < 1 or min(self.heads) < 1:
             raise UserError(f"EDT has five depths and three head counts of at least 1, got {self.depths}, {self.heads}")
         if self.input_size < 1 or self.input_size % (4 * self.patch_size):
@@ -150,9 +148,7 @@ class EDT(nn.Module):
             [DownSample(w1, w2, w1, grid // 2, *tie_pes), DownSample(w2, w3, w1, grid // 4, *tie_pes)]
         )
         self.up_blocks = nn.ModuleList([UpSample(w3, w2), UpSample(w2, w1)])
-        self.concat_blocks = nn.ModuleList(
-            [LongSkip(w2, w1, grid // 2, *tie_pes), LongSkip(w1, w1, grid, *tie_pes)]
-        )
+        self.concat_blocks = nn.ModuleList([LongSkip(w2, w1, grid // 2, *tie_pes), LongSkip(w1, w1, grid, *tie_pes)])
         self.final_layer = FinalLayer(w1, config.patch_size, 2 * config.in_channels, w1)
         self._initialize()
 
@@ -173,6 +169,7 @@ class EDT(nn.Module):
         keep = masks or TokenMasks(None, None)
         if y is None:
             y = torch.full_like(t, self.num_classes, dtype=torch.long)
+        # fmt: off
         c = self.t_embedder(t) + self.y_embedder(y)                             # (B, D)
         x = embedded = self.x_embedder(x) + self.pos_embed                      # (B, T, w1)
         x = self._stage(0, x, c, keep.mid)                                      # (B, T, w1)
@@ -185,10 +182,9 @@ class EDT(nn.Module):
         x = self.concat_blocks[1](self.up_blocks[1](x), embedded, c)            # (B, T, w1)
         x = self._stage(4, x, c)                                                # (B, T, w1)
         return self.final_layer(x, c)                                           # (B, 2C, S, S)
+        # fmt: on
 
-    def forward_with_cfg(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None, cfg_scale: float
-    ) -> torch.Tensor:
+    def forward_with_cfg(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None, cfg_scale: float) -> torch.Tensor:
         """Classifier-free guidance, eps_uncond + s (eps_cond - eps_uncond), on the first 3 of 4 noise channels.
 
         The release guides 3 channels of its 4; latents with another number of channels are guided in all. The
@@ -256,9 +252,7 @@ class EDT(nn.Module):
             return placement.at_512
         return placement.low_cfg if cfg_scale < 2 else placement.high_cfg
 
-    def _stage(
-        self, stage: int, x: torch.Tensor, c: torch.Tensor, keep_mid: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _stage(self, stage: int, x: torch.Tensor, c: torch.Tensor, keep_mid: torch.Tensor | None = None) -> torch.Tensor:
         first = sum(self.config.depths[:stage])
         for i in range(first, first + self.config.depths[stage]):
             if keep_mid is not None and i == self.config.mid_mask_block:

@@ -147,6 +147,6 @@ class Run:
 
 
 def _differences(saved: dict, wanted: dict) -> str:
-    """"name saved -> wanted" of the values that differ."""
+    """ "name saved -> wanted" of the values that differ."""
     names = [name for name in saved | wanted if saved.get(name) != wanted.get(name)]
     return ", ".join(f"{name} {saved.get(name)} -> {wanted.get(name)}" for name in names)

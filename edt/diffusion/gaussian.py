@@ -95,9 +95,7 @@ class GaussianDiffusion:
 
     def q_posterior_mean(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Mean of q(x_{t-1} | x_t, x_0)."""
-        return (
-            self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
-        )
+        return self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
 
     def _predict(self, output: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
         """What a model output (B, 2C, ...) says of p(x_{t-1} | x_t)."""
@@ -106,9 +104,7 @@ class GaussianDiffusion:
         log_variance = fraction * self._at("log_betas", t, x) + (1 - fraction) * self._at(
             "posterior_log_variance_clipped", t, x
         )
-        pred_xstart = (
-            self._at("sqrt_recip_alphas_cumprod", t, x) * x - self._at("sqrt_recipm1_alphas_cumprod", t, x) * eps
-        )
+        pred_xstart = self._at("sqrt_recip_alphas_cumprod", t, x) * x - self._at("sqrt_recipm1_alphas_cumprod", t, x) * eps
         return {
             "mean": self.q_posterior_mean(pred_xstart, x, t),
             "variance": log_variance.exp(),
@@ -220,9 +216,7 @@ class GaussianDiffusion:
             yield i, step, torch.full((len(x),), step, dtype=torch.long, device=x.device)
 
 
-def discretized_gaussian_log_likelihood(
-    x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor
-) -> torch.Tensor:
+def discretized_gaussian_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
     """Log-probability of the bin of width 2/255 around x under a Gaussian, in nats, like x.
 
     The outermost bins (beyond +-0.999) reach to infinity; the cumulative distribution is the tanh approximation.

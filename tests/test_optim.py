@@ -1,0 +1,60 @@
+import golden_rule
+import numpy as np
+import pytest
+import torch
+
+from edt.ema import update_ema
+from edt.errors import UserError
+from edt.optim import create_optimizer, learning_rate
+
+GOLDEN = golden_rule.load("adan.npz")
+
+
+def trajectory(name: str, weight_decay: float):
+    """(step, parameters) of the golden run, 60 steps."""
+    params = [torch.nn.Parameter(torch.from_numpy(GOLDEN[f"init{i}"].copy())) for i in range(3)]
+    optimizer, rng = create_optimizer(name, params, 1e-3, weight_decay), np.random.default_rng(4)
+    for step in range(1, 61):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1, 1e-3, 400)
+        for p in params:
+            p.grad = torch.from_numpy(0.1 * rng.standard_normal(tuple(p.shape), dtype=np.float32))
+        optimizer.step()
+        yield step, [p.detach().clone() for p in params]
+
+
+def difference(key: str, step: int, params: list) -> float:
+    return max(np.abs(p.numpy() - GOLDEN[f"{key}.step{step}.{i}"]).max() for i, p in enumerate(params))
+
+
+@pytest.mark.parametrize(("key", "weight_decay"), [("wd0", 0.0), ("wd2e-2", 0.02)])
+def test_adan_is_the_official_one(key, weight_decay):
+    met = {step: difference(key, step, params) for step, params in trajectory("adan", weight_decay) if step in (1, 2, 10, 60)}
+    assert len(met) == 4 and max(met.values()) <= 1e-6
+
+
+def test_adan_pytorch_differs_by_what_its_help_says(caplog):
+    steps = dict(trajectory("adan-pytorch", 0.0))
+    assert "0.0066" in caplog.text and "0.012" in caplog.text
+    assert all(torch.equal(p, torch.from_numpy(GOLDEN[f"init{i}"])) for i, p in enumerate(steps[1]))
+    assert difference("wd0", 60, steps[60]) == pytest.approx(0.0066, abs=5e-5)
+    moved = max(np.abs(GOLDEN[f"wd0.step60.{i}"] - GOLDEN[f"init{i}"]).max() for i in range(3))
+    assert moved == pytest.approx(0.012, abs=5e-4)
+
+
+def test_learning_rate():
+    assert learning_rate(0, 1e-3, 400_000) == 1e-3
+    assert learning_rate(200_000, 1e-3, 400_000) == pytest.approx((1e-3 + 5e-5) / 2)
+    assert learning_rate(400_000, 1e-3, 400_000) == learning_rate(900_000, 1e-3, 400_000) == pytest.approx(5e-5)
+    assert learning_rate(7, 1e-5, 10) == 1e-5  # below the final rate: constant
+    with pytest.raises(UserError, match="adamw"):
+        create_optimizer("adamw", [torch.nn.Parameter(torch.zeros(1))], 1e-3)
+
+
+def test_ema():
+    model, ema = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+        model.running_mean.fill_(5.0)
+    update_ema(ema, model, 0.9)
+    assert ema.weight.tolist() == pytest.approx([1.2, 1.2]) and ema.running_mean.tolist() == [0, 0]

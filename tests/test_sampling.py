@@ -1,0 +1,132 @@
+import zipfile
+
+import golden_rule
+import numpy as np
+import pytest
+import torch
+
+from edt.checkpoint import build
+from edt.errors import UserError
+from edt.npz import SampleArchive
+from edt.sampling import Recipe, generate
+from edt.vae import PixelVAE, load_vae, to_uint8
+
+
+@pytest.fixture(scope="module")
+def model():
+    return golden_rule.fill(build("EDT-Tiny/2", input_size=8, in_channels=3, num_classes=5)).eval()
+
+
+def draw(model, recipe: Recipe, indices: list[int], batch_size: int) -> dict:
+    batches = generate(model, PixelVAE(), recipe, torch.tensor(indices), batch_size)
+    return {int(i): (image, int(label)) for batch in batches for i, image, label in zip(*batch, strict=True)}
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_an_image_depends_on_its_index_only(model, solver):
+    recipe = Recipe(seed=3, num_sampling_steps="5", solver=solver, cfg_scale=1.5)
+    together, apart = draw(model, recipe, [0, 1, 2, 3, 4, 5, 6], 4), draw(model, recipe, [6, 2, 5], 2)
+    for index, (image, label) in apart.items():
+        assert label == together[index][1]
+        difference = (image.int() - together[index][0].int()).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
+    other = draw(model, Recipe(seed=4, num_sampling_steps="5", solver=solver, cfg_scale=1.5), [0], 1)
+    assert not torch.equal(other[0][0], together[0][0])
+
+
+def test_labels():
+    indices = torch.arange(1000)
+    uniform = Recipe(labels="uniform").labels_of(indices, 10)
+    assert set(uniform.tolist()) == set(range(10)) and len(set(torch.bincount(uniform).tolist())) > 1
+    assert torch.equal(Recipe(labels="uniform").labels_of(indices[500:], 10), uniform[500:])
+    assert Recipe(labels="balanced").labels_of(indices, 10).bincount().tolist() == [100] * 10
+    assert Recipe(labels="7,2").labels_of(indices[:4], 10).tolist() == [7, 2, 7, 2]
+    assert Recipe().labels_of(indices, 0).tolist() == [0] * 1000
+    for labels in ("10", "-1", "cat", "1,,2"):
+        with pytest.raises(UserError):
+            Recipe(labels=labels).labels_of(indices, 10)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"cfg_scale": 0.5}, {"cfg_scale": float("nan")}, {"solver": "euler"}, {"num_sampling_steps": "0"}]
+)
+def test_impossible_recipes_are_refused(wrong):
+    with pytest.raises(UserError):
+        Recipe(**wrong)
+
+
+def test_images_that_are_not_finite_are_named(model):
+    broken = build("EDT-Tiny/2", input_size=8, in_channels=3, num_classes=5).eval()
+    with torch.no_grad():
+        broken.y_embedder.embedding_table.weight[2] = float("nan")
+    with pytest.raises(UserError, match=r"images \[12\] are not finite"):
+        draw(broken, Recipe(num_sampling_steps="2", labels="balanced"), [10, 12, 13], 3)
+
+
+def test_bytes_are_adms():
+    x = torch.tensor([-2.0, -1.0, -0.9999, 0.0, 0.5, 1.0, 3.0]).view(1, 1, 1, -1).expand(1, 3, 1, 7)
+    assert to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 0, 128, 191, 255, 255]
+
+
+def test_missing_vae_is_named(tmp_path):
+    with pytest.raises(UserError, match="--vae"):
+        load_vae(str(tmp_path / "absent"))
+
+
+def test_sd_vae_form(tmp_path):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, down_block_types=["DownEncoderBlock2D"] * 4,
+                  up_block_types=["UpDecoderBlock2D"] * 4).save_pretrained(tmp_path)  # fmt: skip
+    vae = load_vae(str(tmp_path))
+    assert (vae.channels, vae.downsampling, vae.scaling_factor) == (4, 8, 0.18215)
+    images = golden_rule.normal(0, 2, 3, 32, 32).clamp(-1, 1)
+    posterior = vae.autoencoder.encode(images).latent_dist
+    noise = golden_rule.normal(1, 2, 4, 4, 4)
+    latents = vae.encode(images, noise)
+    torch.testing.assert_close(latents, 0.18215 * (posterior.mean + posterior.std * noise))
+    torch.testing.assert_close(vae.decode(latents), vae.autoencoder.decode(latents / 0.18215).sample)
+
+
+def test_archive_is_an_npz_whoever_fills_it(tmp_path):
+    shape = (23, 4, 5, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    first, second = SampleArchive(tmp_path, shape), SampleArchive(tmp_path, shape)
+    for archive in (first, second):
+        archive.open()
+    first.write(np.arange(0, 23, 2), images[::2])
+    assert not first.finish() and not first.path.exists()
+    assert second.missing().tolist() == list(range(1, 23, 2))
+    second.write(np.arange(1, 23, 2), images[1::2])
+    assert second.finish() and first.finish()
+    assert first.path.name == "samples_23x4x5x3.npz"
+    with np.load(first.path, allow_pickle=False) as file:
+        assert file.files == ["arr_0"] and np.array_equal(file["arr_0"], images)
+    with zipfile.ZipFile(first.path) as archive:
+        assert archive.testzip() is None
+        with archive.open("arr_0.npy") as member:  # as ADM's evaluator streams it
+            assert np.lib.format.read_magic(member) == (1, 0)
+    again = SampleArchive(tmp_path, shape)
+    again.open()
+    assert again.missing().size == 0 and again.finish()
+
+
+@pytest.mark.slow
+def test_archive_of_more_than_four_gib(tmp_path):
+    shape = (30_000, 256, 200, 3)  # 4.3 GiB, never written: room for it is all that is asked of the disk
+    archive = SampleArchive(tmp_path, shape)
+    archive.open()
+    archive.write(np.array([29_999]), np.full((1, 256, 200, 3), 7, np.uint8))
+    archive._done[:] = 1
+    assert archive.finish()
+    with zipfile.ZipFile(archive.path) as file, file.open("arr_0.npy") as member:
+        assert member._orig_file_size == archive._end - archive._npy_offset > 1 << 32
+    assert (np.load(archive.path, mmap_mode="r") is not None) and archive.path.stat().st_size > 1 << 32
+    archive.path.unlink()
+
+
+def test_too_little_room_is_said_before_anything_is_drawn(tmp_path):
+    with pytest.raises(UserError, match="images need .* GiB"):
+        SampleArchive(tmp_path, (10**9, 256, 256, 3)).open()
+    assert [path.name for path in tmp_path.iterdir()] == ["samples_1000000000x256x256x3.lock"]

@@ -1,0 +1,162 @@
+import dataclasses
+
+import golden_rule
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from edt.checkpoint import build
+from edt.draws import PassDraws, StepDraws
+from edt.errors import UserError
+from edt.masking import TokenMasks
+from edt.train import BatchIndices, TrainConfig, Trainer
+
+GOLDEN = golden_rule.load("train_s.npz")
+
+
+def tiny_trainer(micro_batch_size: int | None = None, **config) -> Trainer:
+    torch.manual_seed(0)
+    model = golden_rule.fill(build("EDT-Tiny/2", input_size=16, in_channels=3, num_classes=5))
+    config = TrainConfig(**{"global_batch_size": 6, "ema_decay": 0.9, "lr_steps": 40, **config})
+    return Trainer(model, config, Accelerator(cpu=True), micro_batch_size)
+
+
+def batch(step: int, size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    return golden_rule.normal(100 + step, size, 3, 16, 16), torch.arange(size) % 5
+
+
+def same_gradients(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    for (name, one), other in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert (one.grad - other.grad).norm() <= 1e-5 * one.grad.norm(), name
+
+
+def golden_draws(step: int) -> StepDraws:
+    def tensor(name):
+        return torch.from_numpy(GOLDEN[f"s{step}.{name}"])
+
+    masks = TokenMasks(tensor("keep_down0"), tensor("keep_down1"))
+    full, masked = (PassDraws(tensor(f"{one}.noise"), tensor(f"{one}.drop")) for one in ("full", "mask"))
+    return StepDraws(tensor("t"), tensor("w"), (full, masked._replace(masks=masks)))
+
+
+def test_four_training_steps_are_those_of_the_release():
+    trainer = Trainer(golden_rule.fill(build("EDT-S/2")), TrainConfig(global_batch_size=4, lr_steps=400, ema_decay=0.99),
+                      Accelerator(cpu=True))  # fmt: skip
+    for step in range(1, 5):
+        draws = golden_draws(step)
+        x, y = (torch.from_numpy(GOLDEN[f"s{step}.{name}"]) for name in ("x0", "y"))
+        losses = (trainer.update(x, y, draws) * draws.weight[:, None]).mean(dim=0)
+        np.testing.assert_allclose(losses.double().numpy(), GOLDEN["losses"][step - 1], rtol=1e-5)
+    for name, network in (("model", trainer.model), ("ema", trainer.ema)):
+        errors = []
+        for key, value in network.named_parameters():
+            entries = value.detach().flatten()[np.linspace(0, value.numel() - 1, 8).astype(int)]
+            errors.append(np.abs(entries.numpy() - GOLDEN[f"final.{name}.{key}"]))
+        assert (np.concatenate(errors) <= 1e-5).mean() >= 0.99, name
+
+
+def test_two_runs_are_equal_and_another_seed_is_not():
+    def weights(seed):
+        trainer = tiny_trainer(seed=seed)
+        for step in range(3):
+            trainer.update(*batch(step), trainer.draw())
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_micro_batches_make_the_same_update(micro_batch_size):
+    whole, parts = tiny_trainer(), tiny_trainer(micro_batch_size)
+    losses = [trainer.update(*batch(0), trainer.draw()) for trainer in (whole, parts)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+    same_gradients(whole.model, parts.model)
+
+
+def test_passes_one_after_the_other_have_the_gradients_of_their_sum():
+    trainer = tiny_trainer()
+    (x, y), draws = batch(0), trainer.draw()
+    reference = golden_rule.fill(build("EDT-Tiny/2", input_size=16, in_channels=3, num_classes=5))
+    total = 0
+    for one in draws.passes:
+        labels = torch.where(one.drop, 5, y)
+        losses = trainer.diffusion.training_losses(reference, x, draws.t, one.noise, {"y": labels, "masks": one.masks})
+        total = total + (draws.weight * losses["loss"]).mean()
+    total.backward()
+    trainer.update(x, y, draws)
+    same_gradients(reference, trainer.model)
+
+
+def test_every_trainable_parameter_gets_a_gradient_in_a_step():
+    trainer = tiny_trainer()
+    trainer.update(*batch(0), trainer.draw())
+    assert [name for name, p in trainer.model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_draws():
+    independent, shared, plain = (tiny_trainer(**config).draw() for config in ({}, {"noise": "shared"}, {"masking": "none"}))
+    full, masked = independent.passes
+    assert full.masks is None and masked.masks is not None and masked.masks.mid is None
+    assert not torch.equal(full.noise, masked.noise)
+    assert torch.equal(shared.passes[0].noise, shared.passes[1].noise) and shared.passes[0].masks is None
+    assert torch.equal(shared.passes[0].drop, shared.passes[1].drop)
+    assert torch.equal(shared.passes[0].noise, full.noise)  # the same stream
+    assert len(plain.passes) == 1
+    drops = torch.cat([tiny_trainer(global_batch_size=2000, seed=seed).draw().passes[0].drop for seed in range(3)])
+    assert drops.float().mean() == pytest.approx(0.1, abs=0.02)
+    trainer = tiny_trainer()
+    trainer.model.config = dataclasses.replace(build("EDT-XL/2", "meta").config, input_size=16, in_channels=3)
+    assert trainer.draw().passes[1].masks.mid.shape == (6, 64)
+
+
+def test_state_survives_a_round_trip():
+    for optimizer in ("adan", "adan-pytorch"):
+        trainer, other = tiny_trainer(optimizer=optimizer), tiny_trainer(optimizer=optimizer)
+        for step in range(2):
+            trainer.update(*batch(step), trainer.draw())
+        tensors, documents = trainer.state()
+        tensors = {kind: {name: value.clone() for name, value in named.items()} for kind, named in tensors.items()}
+        other.load_state(tensors, documents["state"])
+        for one in (trainer, other):
+            for step in range(2, 4):
+                one.update(*batch(step), one.draw())
+        final, resumed = trainer.state()[0], other.state()[0]
+        assert {kind: set(named) for kind, named in final.items()} == {kind: set(named) for kind, named in resumed.items()}
+        for kind, named in final.items():
+            for name, value in named.items():
+                assert torch.equal(value, resumed[kind][name]), (optimizer, kind, name)
+
+
+def test_bfloat16_step_is_near_float32_and_keeps_float32_state():
+    exact = tiny_trainer(precision="fp32")
+    losses = [exact.update(*batch(0), exact.draw())]
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = golden_rule.fill(build("EDT-Tiny/2", input_size=16, in_channels=3, num_classes=5))
+    rounded = Trainer(model, exact.config, Accelerator(cpu=True, mixed_precision="bf16"))
+    losses.append(rounded.update(*batch(0), rounded.draw()))
+    assert not torch.equal(*losses)
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.05, atol=0.05)
+    assert {value.dtype for kind, named in rounded.state()[0].items() if kind != "sampler" for value in named.values()} == {
+        torch.float32
+    }
+
+
+def test_batches_cover_each_epoch_and_continue_anywhere():
+    def take(count, rows, first_step=0):
+        indices = BatchIndices(14, 7, 4, rows, first_step)
+        return [batch for batch, _ in zip(indices, range(count), strict=False)]
+
+    whole = take(9, slice(0, 4))
+    for epoch in range(3):  # 3 batches of 4 an epoch; the 2 left over are dropped
+        seen = sum(whole[3 * epoch : 3 * epoch + 3], [])
+        assert len(set(seen)) == 12
+    assert whole[0] != whole[3]
+    assert take(4, slice(0, 4), first_step=5) == whole[5:9]
+    halves = [a + b for a, b in zip(take(9, slice(0, 2)), take(9, slice(2, 4)), strict=True)]
+    assert halves == whole
+    with pytest.raises(UserError, match="3 images are fewer"):
+        BatchIndices(3, 0, 4, slice(0, 4))
