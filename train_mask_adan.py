@@ -19,7 +19,7 @@ from edt.models import EDT_models
 from edt.optim import OPTIMIZERS
 from edt.precision import PRECISIONS
 from edt.runs import Run, locked, run_folder
-from edt.train import BatchIndices, TrainConfig, Trainer
+from edt.train import TrainConfig, Trainer, steps_per_epoch
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,12 +79,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     features = Features(args.feature_path)
     features.check(image_size=args.image_size, vae=args.vae, num_classes=args.num_classes)
+    epoch_steps = steps_per_epoch(len(features), config.global_batch_size)
     channels, side, _ = features.latent_shape
     accelerator = make_accelerator(bf16=args.precision == "bf16")
     set_seed(args.global_seed)  # the initial weights
     model = build(args.model, input_size=side, in_channels=channels, num_classes=features.num_classes)
     trainer = Trainer(model, config, accelerator, args.mini_batch_size if args.mini_batch_size > 0 else None)
-    steps_per_epoch = BatchIndices(len(features), config.seed, config.global_batch_size, trainer.rows).steps_per_epoch
 
     folder = broadcast_object_list([run_folder(args.run_dir, args.results_dir, args.model, args.resume)])[0]
     notes = {"name": args.model, "features": features.notes()}
@@ -97,9 +97,9 @@ def main(argv: list[str] | None = None) -> int:
             logging.info("training %s in %s", args.model, run.folder)
         else:
             run.load(trainer, checkpoint)
-            logging.info("resumed %s at step %d, epoch %.2f", checkpoint, trainer.step, trainer.step / steps_per_epoch)
+            logging.info("resumed %s at step %d, epoch %.2f", checkpoint, trainer.step, trainer.step / epoch_steps)
         code = fit(
-            trainer, features, run, max_steps=args.max_steps or args.epochs * steps_per_epoch, log_every=args.log_every,
+            trainer, features, run, max_steps=args.max_steps or args.epochs * epoch_steps, log_every=args.log_every,
             ckpt_every=args.ckpt_every, num_workers=args.num_workers,
         )  # fmt: skip
     accelerator.end_training()

@@ -115,7 +115,8 @@ def generate(
     """
     if labels is None:
         labels = recipe.labels_of(indices, model.num_classes)
-    for some, their_labels in zip(indices.split(batch_size), labels.split(batch_size), strict=True):
+    for start in range(0, len(indices), batch_size):
+        some, their_labels = indices[start : start + batch_size], labels[start : start + batch_size]
         images = vae.decode(sample_latents(model, recipe, some, their_labels, progress))
         broken = ~images.isfinite().flatten(1).all(dim=1).cpu()
         if broken.any():

@@ -148,17 +148,23 @@ class Trainer:
         self.step = state["step"]
 
 
-class BatchIndices:
-    """This process's image indices of each step from ``first_step`` on, without end.
+def steps_per_epoch(count: int, global_batch_size: int) -> int:
+    """Whole batches in ``count`` images; what does not fill one is dropped.
 
-    An epoch drops what does not fill a global batch.
+    Raises:
+        UserError: there is not one.
     """
+    if count < global_batch_size:
+        raise UserError(f"{count} images are fewer than --global-batch-size {global_batch_size}")
+    return count // global_batch_size
+
+
+class BatchIndices:
+    """This process's image indices of each step from ``first_step`` on, without end."""
 
     def __init__(self, count: int, seed: int, global_batch_size: int, rows: slice, first_step: int = 0):
-        if count < global_batch_size:
-            raise UserError(f"{count} images are fewer than --global-batch-size {global_batch_size}")
         self.count, self.seed, self.batch, self.rows, self.first_step = count, seed, global_batch_size, rows, first_step
-        self.steps_per_epoch = count // global_batch_size
+        self.steps_per_epoch = steps_per_epoch(count, global_batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self.first_step

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -56,6 +58,21 @@ def run_folder(features, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
     code = train_mask_adan.main([*TRAIN, "--feature-path", str(features), "--run-dir", str(folder), "--max-steps", "2"])
     assert code == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(run_folder, tmp_path_factory) -> Path:
+    """A checkpoint whose weights make a difference: the run's, with golden weights in place of the EMA."""
+    from golden_rule import golden_weight
+
+    folder = tmp_path_factory.mktemp("trained") / "checkpoint"
+    shutil.copytree(run_folder / "checkpoints" / "0000002", folder)
+    weights = load_file(folder / "ema.safetensors")
+    for name, value in weights.items():
+        if not name.endswith("pos_embed"):
+            weights[name] = torch.from_numpy(golden_weight(name, tuple(value.shape)))
+    save_file(weights, folder / "ema.safetensors")
     return folder
 
 

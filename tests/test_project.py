@@ -1,0 +1,111 @@
+"""What holds for the repository as a whole."""
+
+import ast
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import evaluator
+import extract_features
+import image_generator
+import image_generator_ddp
+import train_mask_adan
+
+# Who may import whom: a module imports from the rows above its own only. Packages count as one module.
+LAYERS = [
+    {"errors"},
+    {"files", "images", "amm", "attention", "masking", "precision", "randomness", "ema", "grids", "plots", "metrics"},
+    {"layers", "diffusion", "optim", "vae"},
+    {"models", "features"},
+    {"checkpoint", "draws", "extraction"},
+    {"train", "sampling", "recipe"},
+    {"runs", "npz", "cli"},
+    {"fit"},
+]
+# "metrics" stands alone: it can be used without the rest.
+ALONE = {"metrics": {"errors"}}
+SCRIPTS = {
+    script.__name__: script for script in (train_mask_adan, extract_features, image_generator_ddp, image_generator, evaluator)
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules (or packages) of edt that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("edt."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "edt":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("edt.")}
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
+    return names
+
+
+def test_imports_go_one_way():
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    seen = set()
+    for path in (ROOT / "edt").rglob("*.py"):
+        module = path.relative_to(ROOT / "edt").parts[0].removesuffix(".py")
+        if module == "__init__":
+            assert not imported(path)
+            continue
+        seen.add(module)
+        for other in imported(path) - {module}:
+            assert level[other] < level[module], f"{module} imports {other}"
+            assert other in ALONE.get(module, level), f"{module} imports {other}"
+        assert not imported(path) & set(SCRIPTS)
+    assert seen == set(level)
+
+
+def test_the_library_neither_prints_nor_unpickles():
+    for path in (ROOT / "edt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+                assert not (name == "print" and "stderr" not in ast.unparse(node)), f"{path}:{node.lineno}"
+                if name == "torch.load":
+                    assert options["weights_only"] == "True", f"{path}:{node.lineno}"
+                if name == "np.load":
+                    assert options["allow_pickle"] == "False", f"{path}:{node.lineno}"
+
+
+def test_environment_and_pyproject_name_the_same_packages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert sorted(conda[-1]["pip"]) == sorted(wanted)
+    named = {re.split("[<>=]", package)[0] for package in wanted}
+    assert named >= {"torch", "torchvision", "timm", "diffusers", "accelerate", "adan-pytorch", "numpy", "scipy", "tensorflow"}
+
+
+def readme_commands() -> list[str]:
+    """The lines of README's and the docs' shell blocks, continued lines joined."""
+    blocks = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        blocks += re.findall(r"```(?:bash|sh|shell)\n(.*?)```", path.read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_documented_command_is_one_that_works(command):
+    words = shlex.split(command)
+    scripts = [i for i, word in enumerate(words) if word.endswith(".py") and (ROOT / word).exists()]
+    if words[0] == "make":
+        assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in words[1:])
+    elif scripts and Path(words[scripts[0]]).stem in SCRIPTS:
+        assert words[0] in ("python", "torchrun", "accelerate")
+        SCRIPTS[Path(words[scripts[0]]).stem].parser().parse_args(words[scripts[0] + 1 :])
+    elif scripts:
+        assert words[0] == "python"
+    else:
+        assert words[0] in ("git", "cd", "pip", "conda", "curl"), f"README names an unknown command: {command}"
+    assert not [word for word in words if word.endswith(".py") and not (ROOT / word).exists()]
