@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from edt.cli import exit_on_user_error
-from edt.errors import UserError
 from edt.images import center_crop
-from edt.metrics import SCORE_LINES, PixelFeatures, check_comparable, evaluate, open_device, open_source
+from edt.metrics import SCORE_LINES, check_comparable, create_extractor, evaluate, open_source
+from edt.metrics.extractors import BACKENDS
 
 
 def positive(text: str) -> int:
@@ -32,6 +32,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("reference", metavar="REF")
     parser.add_argument("samples", metavar="SAMPLES")
     parser.add_argument("--features", choices=tuple(SCORE_LINES), default="inception")
+    parser.add_argument("--backend", choices=BACKENDS, default="torch", help="what runs the Inception network")
+    parser.add_argument("--inception", type=Path, metavar="PATH", help="its weights: the .pb file, or one converted")
     pr_help = "precision and recall in ADM's half precision (default for inception) or in float32 (default for pixels)"
     parser.add_argument("--pr", choices=("adm", "exact"), help=pr_help)
     parser.add_argument("--image-size", type=positive, help="crop the images of folders to this side, as training does")
@@ -49,9 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     crop = partial(center_crop, size=args.image_size) if args.image_size else None
     reference, samples = (open_source(path, args.features, crop) for path in (args.reference, args.samples))
     check_comparable(reference, samples)
-    if args.features == "inception":
-        raise UserError("inception features need classify_image_graph_def.pb; until then take --features pixels")
-    extractor = PixelFeatures(open_device(args.device))
+    extractor = create_extractor(args.features, args.backend, args.inception, args.device)
     report = evaluate(
         reference, samples, extractor, pr=args.pr, batch_size=args.batch_size, cache_dir=args.cache_dir, progress=True
     )

@@ -3,6 +3,7 @@
 The pure functions take arrays: :func:`frechet_distance`, :func:`inception_score`, :func:`kernel_distance`,
 :func:`precision_recall`, :class:`StreamingMoments`. The rest goes from files to scores::
 
+    extractor = create_extractor("inception")
     report = evaluate(open_source("reference.npz"), open_source("samples.npz"), extractor)
 
 and, while training goes on, from images in memory::
@@ -12,7 +13,8 @@ and, while training goes on, from images in memory::
 """
 
 from edt.metrics.evaluate import SCORE_LINES, check_comparable, compare, evaluate
-from edt.metrics.features import FeatureExtractor, PixelFeatures, open_device
+from edt.metrics.extractors import create_extractor
+from edt.metrics.features import FeatureExtractor, PixelFeatures
 from edt.metrics.frechet import Moments, StreamingMoments, frechet_distance
 from edt.metrics.neighbours import precision_recall
 from edt.metrics.scores import inception_score, inception_score_splits, kernel_distance
@@ -28,13 +30,13 @@ __all__ = [
     "StreamingMoments",
     "check_comparable",
     "compare",
+    "create_extractor",
     "evaluate",
     "frechet_distance",
     "inception_score",
     "inception_score_splits",
     "kernel_distance",
     "measure",
-    "open_device",
     "open_source",
     "precision_recall",
 ]

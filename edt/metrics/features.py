@@ -56,12 +56,3 @@ class PixelFeatures:
 
     def probabilities(self, features: np.ndarray) -> None:
         return None
-
-
-def open_device(name: str) -> torch.device:
-    """The torch device of that name, known to work."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise UserError(f"--device {name} cannot be used ({reason}); take cpu") from None

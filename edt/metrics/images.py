@@ -17,6 +17,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from edt.errors import UserError
+from edt.metrics.files import file_sha256
 
 Crop = Callable[[Image.Image], Image.Image]
 T = TypeVar("T")
@@ -175,11 +176,6 @@ def npz_names(path: Path) -> list[str]:
             return [name.removesuffix(".npy") for name in archive.namelist()]
     except (OSError, zipfile.BadZipFile) as error:
         raise _unreadable(path, error) from None
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from tqdm import tqdm
 
 from edt.errors import UserError
 from edt.metrics.features import FeatureExtractor
+from edt.metrics.files import replacing
 from edt.metrics.frechet import Moments, StreamingMoments
 from edt.metrics.images import ArrayImages, Crop, FolderImages, ImageSet, NpzImages, npz_names, read_npz
 
@@ -209,14 +207,3 @@ def write_statistics(path: Path, statistics: Statistics, **more: np.ndarray) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place only when the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
