@@ -18,7 +18,7 @@ from edt.metrics.features import FeatureExtractor, PixelFeatures
 from edt.metrics.frechet import Moments, StreamingMoments, frechet_distance
 from edt.metrics.neighbours import precision_recall
 from edt.metrics.scores import inception_score, inception_score_splits, kernel_distance
-from edt.metrics.statistics import Source, Statistics, measure, open_source
+from edt.metrics.statistics import Source, Statistics, make_reference, measure, open_source
 
 __all__ = [
     "SCORE_LINES",
@@ -36,6 +36,7 @@ __all__ = [
     "inception_score",
     "inception_score_splits",
     "kernel_distance",
+    "make_reference",
     "measure",
     "open_source",
     "precision_recall",

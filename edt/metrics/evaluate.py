@@ -40,7 +40,6 @@ def evaluate(
     reference: Source,
     samples: Source,
     extractor: FeatureExtractor,
-    *,
     pr: Mode | None = None,
     batch_size: int = 64,
     cache_dir: Path | None = None,
@@ -120,8 +119,8 @@ def _warn_about(samples: ImageSet) -> None:
 def _describe(source: Source, statistics: Statistics) -> dict:
     return {
         "name": source.name,
-        "count": statistics.count,
+        "count": None if statistics.features is None else len(statistics.features),
         "resolution": statistics.resolution,
-        "moments": "given" if source.statistics else "computed",
+        "moments": {"from": "file" if source.statistics else "images", "count": statistics.count},
         "recipe": source.recipe,
     }

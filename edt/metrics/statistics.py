@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Statistics:
         feature_name: the extractor's name.
         moments: of the features; with ``spatial_moments``, those of the spatial features, if any.
         features: (N, D) float32, None when only the moments are known.
-        count: number of images behind ``features``, None when unknown.
+        count: number of images behind the moments, None when unknown.
         resolution: (height, width) of the images in pixels, None when unknown.
     """
 
@@ -124,39 +125,68 @@ def measure(
     if cached and cached.exists():
         measured = read_statistics(cached)
     else:
-        measured = _measure_images(source.images, extractor, batch_size, progress)
+        batches = source.images.batches(batch_size)
+        measured = _measure_batches(batches, source.images, extractor, progress, keep_features=True)
         if cached:
             write_statistics(cached, measured)
     if source.statistics:
-        given = source.statistics
-        return replace(measured, moments=given.moments, spatial_moments=given.spatial_moments)
+        return replace(source.statistics, features=measured.features, resolution=measured.resolution)
     return measured
 
 
-def _measure_images(images: ImageSet, extractor: FeatureExtractor, batch_size: int, progress: bool) -> Statistics:
-    features, moments, spatial_moments = None, None, None
-    bar = tqdm(total=images.count, unit="image", desc=images.name, disable=not progress)
-    start = 0
-    for batch in images.batches(batch_size):
-        rows, spatial = extractor.extract(batch)
-        if features is None:
-            features = np.empty((images.count, rows.shape[1]), np.float32)
-            moments = StreamingMoments(rows.shape[1], extractor.device)
-            spatial_moments = StreamingMoments(spatial.shape[1], extractor.device) if spatial is not None else None
-        if not rows.isfinite().all():
-            raise UserError(f"{images.name} gives features that are not finite; check the network's weights")
-        features[start : start + len(rows)] = rows.cpu()
-        moments.update(rows)
-        if spatial_moments:
-            spatial_moments.update(spatial)
-        start += len(rows)
-        bar.update(len(rows))
-    bar.close()
+def make_reference(
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    path: Path,
+    image_count: int = 10_000,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> None:
+    """Write a reference file like ADM's: moments of all images, and ``image_count`` of them for precision and recall.
+
+    Args:
+        image_count: how many images to keep, drawn with a fixed seed; all of them if there are fewer.
+    """
+    extractor.check(images.resolution)
+    count = min(image_count, images.count)
+    chosen = np.zeros(images.count, bool)
+    chosen[np.random.default_rng(0).choice(images.count, count, replace=False)] = True
+    kept = []
+
+    def batches() -> Iterator[np.ndarray]:
+        start = 0
+        for batch in images.batches(batch_size):
+            kept.append(batch[chosen[start : start + len(batch)]])
+            start += len(batch)
+            yield batch
+
+    statistics = _measure_batches(batches(), images, extractor, progress, keep_features=False)
+    write_statistics(path, statistics, arr_0=np.concatenate(kept))
+
+
+def _measure_batches(
+    batches: Iterable[np.ndarray], images: ImageSet, extractor: FeatureExtractor, progress: bool, keep_features: bool
+) -> Statistics:
+    """Moments, and features if they are to be kept, of all ``batches`` of ``images``."""
+    kept, moments, spatial_moments = [], None, None
+    with tqdm(total=images.count, unit="image", desc=images.name, disable=not progress) as bar:
+        for batch in batches:
+            features, spatial = extractor.extract(batch)
+            if not features.isfinite().all():
+                raise UserError(f"{images.name} gives features that are not finite; check the network's weights")
+            moments = moments or StreamingMoments(features.shape[1], extractor.device)
+            moments.update(features)
+            if spatial is not None:
+                spatial_moments = spatial_moments or StreamingMoments(spatial.shape[1], extractor.device)
+                spatial_moments.update(spatial)
+            if keep_features:
+                kept.append(features.cpu().numpy())
+            bar.update(len(batch))
     return Statistics(
         extractor.name,
         moments.moments(),
-        spatial_moments.moments() if spatial_moments else None,
-        features,
+        spatial_moments and spatial_moments.moments(),
+        np.concatenate(kept) if keep_features else None,
         images.count,
         images.resolution,
     )
