@@ -1,0 +1,133 @@
+"""The evaluator as a command on Inception features, with a generated graph in place of the published one."""
+
+import hashlib
+import json
+
+import inception_graph
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_evaluator import printed, refused
+
+from evaluator import main
+
+ADM_LINES = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A graph, a folder of photographs (larger than they are used), and samples of 32 pixels."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    (folder / "graph.pb").write_bytes(inception_graph.random_graph(0))
+    (folder / "photos" / "class").mkdir(parents=True)
+    for i, image in enumerate(structured_images(1, 12, 70)):
+        Image.fromarray(image[:64]).save(folder / "photos" / "class" / f"{i:02}.png")
+    np.savez(folder / "samples.npz", structured_images(2, 10, 32))
+    return folder
+
+
+def structured_images(seed: int, count: int, side: int) -> np.ndarray:
+    """Smooth colours and noise, both of random strength, uint8 (count, side, side, 3)."""
+    r = np.random.default_rng(seed)
+    images = []
+    for _ in range(count):
+        coarse = Image.fromarray(r.integers(0, 256, (*r.integers(2, 9, 2), 3), dtype=np.uint8))
+        noise = r.normal(0, r.uniform(0, 40), (side, side, 3))
+        images.append(np.clip(np.asarray(coarse.resize((side, side))) + noise, 0, 255).astype(np.uint8))
+    return np.stack(images)
+
+
+def run(folder, *arguments) -> None:
+    main([str(argument) for argument in arguments] + ["--inception", str(folder / "graph.pb")])
+
+
+def test_from_photographs_to_scores(folder, capsys, caplog):
+    """make-ref crops as training does, its file is ADM's, and its own images score as perfect samples."""
+    run(folder, "make-ref", folder / "photos", folder / "ref.npz", "--image-size", 32, "--num-images", 5)
+    with np.load(folder / "ref.npz") as reference:
+        assert reference["arr_0"].shape == (5, 32, 32, 3)
+        assert reference["mu"].shape * 2 == reference["sigma"].shape == (2048, 2048)
+        assert reference["mu_s"].shape * 2 == reference["sigma_s"].shape == (2023, 2023)
+    capsys.readouterr()
+    run(folder, folder / "ref.npz", folder / "photos", "--image-size", 32, "--json", folder / "report.json")
+    scores = printed(capsys.readouterr().out)
+    assert list(scores) == ADM_LINES
+    assert scores["FID"] == pytest.approx(0, abs=1e-3)
+    assert scores["sFID"] == pytest.approx(0, abs=1e-3)
+    assert scores["Recall"] == 1  # the five images kept are among the samples
+    assert "12 samples; published scores mean 50000" in caplog.text
+
+    report = json.loads((folder / "report.json").read_text())
+    assert report["features"] == {
+        "name": "inception",
+        "backend": "torch",
+        "weights_sha256": hashlib.sha256((folder / "graph.pb").read_bytes()).hexdigest(),
+    }
+    assert report["reference"]["moments"] == {"from": "file", "count": 12}
+    assert (report["reference"]["count"], report["samples"]["count"]) == (5, 12)
+    assert report["scores"]["inception_score_splits"] == [report["scores"]["inception_score"]]
+    assert {"kid", "kid_std"} < report["scores"].keys()
+
+
+def test_statistics_alone_give_fid_and_sfid(folder, capsys, caplog):
+    run(folder, "make-ref", folder / "photos", folder / "ref.npz", "--image-size", 32)
+    with np.load(folder / "ref.npz") as reference:
+        np.savez(folder / "only.npz", **{name: reference[name] for name in ("mu", "sigma", "mu_s", "sigma_s")})
+    capsys.readouterr()
+    run(folder, folder / "only.npz", folder / "samples.npz")
+    scores = printed(capsys.readouterr().out)
+    assert list(scores) == ["Inception Score", "FID", "sFID"]
+    assert scores["FID"] > 1
+    assert "Precision: not computed" in caplog.text
+
+
+def test_missing_and_wrong_weights_are_refused(folder, tmp_path, capsys):
+    pair = (folder / "samples.npz", folder / "samples.npz")
+    assert "nowhere.pb" in refused(capsys, *pair, "--inception", tmp_path / "nowhere.pb")
+    (tmp_path / "html.pb").write_text("<html>")
+    assert "html.pb" in refused(capsys, *pair, "--inception", tmp_path / "html.pb")
+    assert ".safetensors" in refused(capsys, "convert-inception", folder / "graph.pb", tmp_path / "out.pt")
+
+
+def test_converted_weights_give_the_same_report(folder, tmp_path):
+    converted = tmp_path / "graph.safetensors"
+    main(["convert-inception", str(folder / "graph.pb"), str(converted)])
+    reports = []
+    for weights in (folder / "graph.pb", converted):
+        report = tmp_path / f"{weights.suffix}.json"
+        pair = [str(folder / "samples.npz"), str(folder / "samples.npz")]
+        main([*pair, "--inception", str(weights), "--json", str(report), "--cache-dir", str(tmp_path / "cache")])
+        reports.append(report.read_text())
+    assert reports[0] == reports[1]
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # one set of images, one hash of the weights
+
+
+@pytest.mark.slow
+def test_backends_agree(folder, tmp_path, capsys):
+    pytest.importorskip("tensorflow")
+    np.savez(tmp_path / "ref.npz", structured_images(3, 100, 64))
+    np.savez(tmp_path / "gen.npz", structured_images(4, 80, 64))
+    scores = {}
+    for backend in ("torch", "tensorflow"):
+        run(folder, tmp_path / "ref.npz", tmp_path / "gen.npz", "--backend", backend)
+        scores[backend] = printed(capsys.readouterr().out)
+    for name in ADM_LINES[:3]:
+        assert scores["torch"][name] == pytest.approx(scores["tensorflow"][name], rel=1e-3)
+    for name in ADM_LINES[3:]:
+        # One image more or less may cross a radius: the features differ in the last bit, and half precision rounds.
+        assert scores["torch"][name] == pytest.approx(scores["tensorflow"][name], abs=1.01 / 80)
+
+
+@pytest.mark.slow
+def test_half_precision_distances_are_those_of_tensorflow():
+    tf = pytest.importorskip("tensorflow")
+    from edt.metrics.neighbours import _half_distances
+
+    r = np.random.default_rng(0)
+    a, b = (np.abs(r.standard_normal((n, 2048), dtype=np.float32)) for n in (300, 200))
+    u, v = (tf.cast(x, tf.float16) for x in (a, b))
+    norms = [tf.reduce_sum(tf.square(x), 1) for x in (u, v)]
+    expected = tf.maximum(norms[0][:, None] - 2 * tf.matmul(u, v, transpose_b=True) + norms[1], 0).numpy()
+    found = _half_distances(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+    assert (found == expected).mean() > 0.999
