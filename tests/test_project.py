@@ -19,7 +19,8 @@ import train_mask_adan
 # Who may import whom: a module imports from the rows above its own only. Packages count as one module.
 LAYERS = [
     {"errors"},
-    {"files", "images", "amm", "attention", "masking", "precision", "randomness", "ema", "grids", "plots", "metrics"},
+    {"files", "images", "amm", "attention", "masking", "precision", "randomness", "ema", "grids", "plots", "classes",
+     "metrics"},
     {"layers", "diffusion", "optim", "vae"},
     {"models", "features"},
     {"checkpoint", "draws", "extraction"},
