@@ -8,8 +8,8 @@ import sys
 
 from tqdm.auto import tqdm
 
-from edt.cli import exit_on_user_error, make_accelerator
-from edt.extraction import CroppedImages, ExtractionConfig, extract_features
+from edt.cli import exit_on_user_error, find_place
+from edt.extraction import CroppedImages, Extraction, ExtractionConfig
 from edt.vae import load_vae
 
 
@@ -20,8 +20,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vae", default="ema", help="ema, mse, a folder, a hub id, or pixels (images are the latents)")
     p.add_argument("--image-size", type=int, default=256, help="pixels")
     p.add_argument("--batch-size", type=int, default=32, help="images per process and VAE call")
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
-                   help="mirror half of the images, drawn once an image, as the release does")  # fmt: skip
+    p.add_argument("--draw", choices=["once", "fresh"], default="once",
+                   help="once: one flip and one posterior sample an image, as the release; fresh: new ones every epoch")  # fmt: skip
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images")
+    p.add_argument("--layout", choices=["packed", "npy"], default="packed", help="npy: the release's two files an image")
+    p.add_argument("--shard-size", type=int, default=8192, help="images of a packed file; one is the work of one process")
     p.add_argument("--num-workers", type=int, default=4)
     p.add_argument("--global-seed", type=int, default=0)
     return p
@@ -31,21 +34,18 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     images = CroppedImages(args.data_path, args.image_size)
-    accelerator = make_accelerator()
-    config = ExtractionConfig(args.image_size, args.global_seed, args.flip)
-    done = extract_features(
-        images, load_vae(args.vae, accelerator.device), args.vae, args.features_path, config,
-        rank=accelerator.process_index, world_size=accelerator.num_processes,
-        batch_size=args.batch_size, num_workers=args.num_workers, device=accelerator.device,
-    )  # fmt: skip
-    share = len(range(accelerator.process_index, len(images), accelerator.num_processes))
-    with tqdm(total=share, unit="image", disable=not accelerator.is_main_process) as bar:
-        for number in done:
+    rank, world_size, device = find_place()
+    config = ExtractionConfig(args.image_size, args.global_seed, args.draw, args.flip, args.layout, max(args.shard_size, 1))
+    vae = load_vae(args.vae, device)
+    extraction = Extraction(images, vae, args.vae, args.features_path, config, rank, world_size)
+    for file in extraction.drop_damaged():
+        print(f"{file} is damaged and made anew")
+    share = sum(len(extraction.units[unit]) for unit in extraction.share)
+    with tqdm(total=share, unit="image", disable=rank > 0) as bar:
+        for number in extraction.run(args.batch_size, args.num_workers, device):
             bar.update(number)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        print(f"{len(images)} features of {len(images.folder.classes)} classes in {args.features_path}")
+    if rank == 0:
+        print(f"{len(images)} images of {len(images.folder.classes)} classes: features in {args.features_path}")
     return 0
 
 

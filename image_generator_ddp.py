@@ -38,20 +38,20 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def open_folder(args: argparse.Namespace, recipe: Recipe, model: EDT, features: dict) -> Path:
+def open_folder(args: argparse.Namespace, recipe: Recipe, model: EDT, vae_sha256: str | None, notes: dict) -> Path:
     """The folder of these samples, named by the recipe; the whole recipe is in its recipe.json."""
-    blocks = [modulation.block for modulation in model.modulations]
+    features, blocks = notes["features"], [modulation.block for modulation in model.modulations]
     guidance = [f"cfg-{recipe.cfg_scale}", *(["all"] if recipe.cfg_channels == "all" else []),
                 *(["t-{}-{}".format(*recipe.cfg_interval)] if recipe.cfg_interval else [])]  # fmt: skip
     name = "-".join([
-        (args.model or features.get("name", "EDT")).replace("/", "-"), Path(args.ckpt).stem, f"size-{features['image_size']}",
+        (args.model or notes.get("name", "EDT")).replace("/", "-"), Path(args.ckpt).stem, f"size-{features['image_size']}",
         f"vae-{Path(features['vae']).name}", *guidance, f"seed-{recipe.seed}", recipe.solver, recipe.num_sampling_steps,
         "amm-" + "-".join(map(str, blocks)) if blocks else "noamm",
     ])  # fmt: skip
     folder = Path(args.output_dir) / name
     open_sample_folder(folder, {
         **dataclasses.asdict(recipe), "weights": args.weights, "weights_sha256": fingerprint_weights(args.ckpt, args.weights),
-        "model": dataclasses.asdict(model.config), "vae": features["vae"], "image_size": features["image_size"],
+        "model": dataclasses.asdict(model.config), "vae": features["vae"], "vae_sha256": vae_sha256, "image_size": features["image_size"],
         "amm": {"blocks": blocks, "form": model.modulations[0].form if blocks else None,
                 "radii": [modulation.radius for modulation in model.modulations]},
     })  # fmt: skip
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     apply_amm(model, args, on=explicit if args.amm is None else args.amm)
     recipe.labels_of(torch.arange(1), model.num_classes)
     size = notes["features"]["image_size"]
-    folder = open_folder(args, recipe, model, {"name": notes.get("name", "EDT"), **notes["features"]})
+    folder = open_folder(args, recipe, model, vae.sha256, notes)
 
     archive = SampleArchive(folder, (args.num_images, size, size, 3))
     archive.open()

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import logging
+import math
 import os
 import pickle
 import shutil
@@ -54,6 +55,8 @@ def save_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], d
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
         sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the checkpoint {folder} ({error}); the ones before it are whole: make room") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -197,6 +200,38 @@ def load_model(
     network = EDT(config)
     network.load_state_dict(weights)
     return network.eval(), notes
+
+
+def init_from(model: EDT, weights: dict[str, torch.Tensor]) -> dict[str, list[str]]:
+    """Start a model from another's weights: what fits is taken, for fine-tuning on other classes or another resolution.
+
+    Position biases of another grid are resized (bicubic over the offsets); of a label table of another class count the
+    null class is kept.
+
+    Returns:
+        {"kept", "resized", "new"}: names of parameters.
+    """
+    report: dict[str, list[str]] = {"kept": [], "resized": [], "new": []}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            found = weights.get(name)
+            if found is None or found.shape[1:] != parameter.shape[1:]:
+                report["new"].append(name)
+            elif found.shape == parameter.shape:
+                parameter.copy_(found)
+                report["kept"].append(name)
+            elif name.endswith("relative_position_bias_table"):
+                old, new = (math.isqrt(len(table)) for table in (found, parameter))
+                grid = found.T.reshape(1, -1, old, old)
+                resized = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=True)
+                parameter.copy_(resized.reshape(-1, new * new).T)
+                report["resized"].append(name)
+            elif name == "y_embedder.embedding_table.weight":
+                parameter[-1] = found[-1]
+                report["resized"].append(name)
+            else:
+                report["new"].append(name)
+    return report
 
 
 def build(model: str, device: str = "cpu", **config) -> EDT:

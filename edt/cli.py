@@ -1,15 +1,19 @@
 """What the command-line scripts share."""
 
 import argparse
+import dataclasses
 import errno
 import functools
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
 
 from edt.checkpoint import load_model
 from edt.errors import UserError
@@ -17,8 +21,6 @@ from edt.models import EDT, EDT_models
 from edt.precision import PRECISIONS
 from edt.sampling import CFG_CHANNELS, SOLVERS, Recipe
 from edt.vae import LatentVAE, PixelVAE, load_vae
-
-NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def exit_on_user_error(main: Callable) -> Callable:
@@ -29,13 +31,12 @@ def exit_on_user_error(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            message = error
+            message = str(error)
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             message = (
-                f"no room to write {error.filename or 'the output'} ({error.strerror}); what is finished is kept: "
-                "make room and run the same command again"
+                f"{error.strerror} ({error.filename or 'while writing'}); what was finished is whole: make room, run again"
             )
         print(f"error: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2)
@@ -55,6 +56,23 @@ def make_accelerator(bf16: bool = False) -> Accelerator:
     """The process's device and its place among the others: under ``python``, ``torchrun`` or ``accelerate launch``,
     on GPUs if there are any, else on the CPU with gloo."""
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if bf16 else "no")
+
+
+def from_arguments(config: type, args: argparse.Namespace):
+    """A dataclass from the arguments of the same names."""
+    return config(
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(config) if hasattr(args, field.name)}
+    )
+
+
+def start_tracker(accelerator: Accelerator, name: str, folder: Path, config: dict) -> None:
+    """Log to TensorBoard or Weights & Biases too, through accelerate."""
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"--tracker {name} needs the package: pip install {name}")
+    accelerator.project_configuration.set_directories(str(folder))
+    accelerator.log_with = filter_trackers([name], str(folder))
+    plain = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in config.items()}
+    accelerator.init_trackers("edt", plain)
 
 
 class Place(NamedTuple):

@@ -51,3 +51,26 @@ def read_json(path: str | Path) -> dict:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({type(error).__name__}); is it damaged?") from None
+
+
+def claim(path: str | Path, made_from: dict, remedy: str) -> None:
+    """Record in a JSON file what the files beside it are made from; if it is recorded already, make sure that it is the
+    same.
+
+    Raises:
+        UserError: it is something else, naming the fields that differ and the ``remedy``.
+    """
+    path, made_from = Path(path), json.loads(json.dumps(made_from))  # as it will be read back
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, made_from)
+        return
+    differing = differences(read_json(path), made_from)
+    if differing:
+        raise UserError(f"{path.parent} was made otherwise ({differing}); {remedy}")
+
+
+def differences(there: dict, here: dict) -> str:
+    """ "name: there -> here" of the values that differ; "" if none do."""
+    names = [name for name in there | here if there.get(name) != here.get(name)]
+    return ", ".join(f"{name}: {there.get(name)} -> {here.get(name)}" for name in names)

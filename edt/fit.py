@@ -1,56 +1,102 @@
 """The loop around the training step: data, log, checkpoints, signals."""
 
+import contextlib
+import dataclasses
 import logging
+import math
+import resource
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from edt.checkpoint import newest_checkpoint
 from edt.draws import StepDraws
+from edt.errors import UserError
 from edt.features import Features
+from edt.files import whole_file
+from edt.flops import forward_flops, peak_flops
+from edt.grids import grid
 from edt.runs import Run
-from edt.train import BatchIndices, Trainer, batches
+from edt.sampling import Recipe, generate
+from edt.train import BatchIndices, StepReport, Trainer, batches
+from edt.vae import LatentVAE, PixelVAE
 
 logger = logging.getLogger(__name__)
 QUARTILES = 4
+CONSOLE_LINE = (
+    "step %(step)d  images %(images_seen)d  epoch %(epoch).2f  loss %(loss).4f  full %(loss_full).4f  "
+    "masked %(loss_masked).4f  grad %(grad_norm).3g  lr %(lr).2e  %(images_per_sec).1f images/s"
+)
 
 
 class Meter:
-    """Running means of what a step reports, kept on the device until they are read."""
+    """Running means of what the steps report, kept on the device until they are read."""
 
-    def __init__(self, num_timesteps: int, device: torch.device):
-        self.num_timesteps = num_timesteps
-        self.losses = torch.zeros(2, device=device)  # full pass, masked pass
-        self.quartiles = torch.zeros(2, QUARTILES, device=device)  # by timestep: sum of losses, of importance weights
-        self.steps, self.since = 0, time.perf_counter()
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.device = trainer, trainer.accelerator.device
+        passes = 1 if trainer.config.masking == "none" else 2
+        self.flops_per_image = 3 * passes * forward_flops(trainer.model.config)  # backward: twice the forward
+        self.peak = peak_flops(self.device, trainer.config.precision)
+        self.reset()
 
-    def add(self, losses: torch.Tensor, draws: StepDraws) -> None:
-        """Take in a step's unweighted losses, (B, passes). What is reported is importance-weighted, as what is
-        trained on: otherwise it would rise when the timestep sampler begins to prefer the hard timesteps."""
-        weighted = losses * draws.weight[:, None]
+    def reset(self) -> None:
+        self.losses = torch.zeros(2, device=self.device)  # full pass, masked pass
+        self.quartiles = torch.zeros(2, QUARTILES, device=self.device)  # by timestep: sum of losses, of weights
+        self.grad_norm = torch.zeros((), device=self.device)
+        self.steps = self.applied = 0
+        self.since = time.perf_counter()
+
+    def add(self, report: StepReport, draws: StepDraws) -> None:
+        """Take in a step. Losses are importance-weighted, as what is trained on: unweighted, they would rise when the
+        timestep sampler begins to prefer the hard timesteps."""
+        self.steps += 1
+        if not report.applied:
+            return
+        self.applied += 1
+        weighted = report.losses * draws.weight[:, None]
         means = weighted.mean(dim=0)
         self.losses[: len(means)] += means
-        quartile = draws.t * QUARTILES // self.num_timesteps
+        quartile = draws.t * QUARTILES // self.trainer.diffusion.num_timesteps
         self.quartiles.index_add_(1, quartile, torch.stack([weighted.sum(dim=1), draws.weight]))
-        self.steps += 1
+        self.grad_norm += report.grad_norm
 
-    def read(self, batch: int) -> dict[str, float | list | None]:
-        """Means since the last reading, and start anew."""
-        full, masked = (self.losses / self.steps).tolist()
+    def read(self, steps_per_epoch: int) -> dict:
+        """A line for the log: means since the last one."""
+        trainer, batch = self.trainer, self.trainer.config.global_batch_size
+        full, masked, grad_norm = (torch.stack([*self.losses, self.grad_norm]) / max(self.applied, 1)).tolist()
         quartiles = (self.quartiles[0] / self.quartiles[1]).tolist()
-        seconds = time.perf_counter() - self.since
+        images_per_sec = self.steps * batch / (time.perf_counter() - self.since)
+        flops = images_per_sec * self.flops_per_image / trainer.accelerator.num_processes
         row = {
+            "step": trainer.step,
+            "images_seen": trainer.step * batch,
+            "epoch": trainer.step / steps_per_epoch,
             "loss": full + masked,
             "loss_full": full,
             "loss_masked": masked,
-            "loss_by_timestep_quartile": [value if value == value else None for value in quartiles],
-            "images_per_sec": self.steps * batch / seconds,
+            "loss_by_timestep_quartile": [value if math.isfinite(value) else None for value in quartiles],
+            "grad_norm": grad_norm,
+            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "bad_steps": trainer.bad_steps,
+            "images_per_sec": images_per_sec,
+            "model_tflops_per_sec": flops / 1e12,  # of one process
+            "model_flops_utilization": flops / self.peak if self.peak else None,
+            "memory_gib": _peak_memory_bytes(self.device) / 2**30,
         }
-        self.__init__(self.num_timesteps, self.losses.device)
+        self.reset()
         return row
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class StopSignal:
@@ -70,50 +116,87 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def fit(
-    trainer: Trainer,
-    features: Features,
-    run: Run,
-    *,
-    max_steps: int,
-    log_every: int = 100,
-    ckpt_every: int = 50_000,
-    num_workers: int = 4,
-) -> int:
+@dataclasses.dataclass
+class FitConfig:
+    """How long, and what is written on the way; the weights do not depend on it."""
+
+    max_steps: int = 400_000
+    log_every: int = 100
+    ckpt_every: int = 50_000
+    num_workers: int = 4
+    max_bad_steps: int = 20
+    sample_every: int | None = None
+
+
+def fit(trainer: Trainer, features: Features, run: Run, config: FitConfig, draw_samples: Callable | None = None) -> int:
     """Train until ``max_steps`` steps were taken in all, or a signal asks to stop; saves a checkpoint at the end.
+
+    Args:
+        draw_samples: called on the main process every ``sample_every`` steps.
 
     Returns:
         exit code: 0, or 130 after SIGINT.
+
+    Raises:
+        UserError: ``max_bad_steps`` steps in a row were not finite, or the last checkpoint cannot be written.
     """
-    accelerator, batch = trainer.accelerator, trainer.config.global_batch_size
+    accelerator = trainer.accelerator
     device, main = accelerator.device, accelerator.is_main_process
-    indices = BatchIndices(len(features), trainer.config.seed, batch, trainer.rows, trainer.step)
-    meter = Meter(trainer.diffusion.num_timesteps, device)
-    with StopSignal() as stop, tqdm(total=max_steps, initial=trainer.step, unit="step", disable=not main) as bar, \
-            logging_redirect_tqdm():  # fmt: skip
-        loader = batches(features, indices, num_workers, pin_memory=device.type == "cuda")
-        while trainer.step < max_steps:
-            x_start, y = next(loader)
+    indices = BatchIndices(len(features), trainer.config.seed, trainer.config.global_batch_size, trainer.rows, trainer.step)
+    meter, bad_in_a_row = Meter(trainer), 0
+    with StopSignal() as stop, _progress(trainer.step, config.max_steps, main) as bar:
+        loader = batches(features, indices, config.num_workers, pin_memory=device.type == "cuda")
+        stopping = trainer.step >= config.max_steps
+        while not stopping:
+            stored, y = (tensor.to(device, non_blocking=True) for tensor in next(loader))
             draws = trainer.draw()
-            losses = trainer.update(x_start.to(device, non_blocking=True), y.to(device, non_blocking=True), draws)
-            meter.add(losses, draws)
+            report = trainer.update(trainer.latents(stored), y, draws)
+            meter.add(report, draws)
             bar.update()
-            stopping = _agreed(accelerator, stop.number is not None)
-            if trainer.step % log_every == 0:
-                row = {"step": trainer.step, "images_seen": trainer.step * batch,
-                       "epoch": trainer.step / indices.steps_per_epoch,
-                       "lr": trainer.optimizer.param_groups[0]["lr"], **meter.read(batch)}  # fmt: skip
+            bad_in_a_row = 0 if report.applied else bad_in_a_row + 1
+            if bad_in_a_row == config.max_bad_steps:
+                last = newest_checkpoint(run.checkpoints)
+                raise UserError(f"{bad_in_a_row} steps in a row were not finite; the last good checkpoint is {last}")
+            if trainer.step % config.log_every == 0:
+                row = meter.read(indices.steps_per_epoch)
+                accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, step=trainer.step)
                 if main:
                     run.log_metrics(row)
-                    logger.info("step %(step)d  epoch %(epoch).2f  loss %(loss).4f  full %(loss_full).4f  "
-                                "masked %(loss_masked).4f  lr %(lr).2e  %(images_per_sec).1f images/s", row)  # fmt: skip
-            if stopping or trainer.step % ckpt_every == 0 or trainer.step == max_steps:
-                if main:
-                    logger.info("saved %s", run.save(trainer))
-                accelerator.wait_for_everyone()
-            if stopping:
-                break
+                    logger.info(CONSOLE_LINE, row)
+            if main and config.sample_every and trainer.step % config.sample_every == 0:
+                draw_samples()
+            stopping = _agreed(accelerator, stop.number is not None) or trainer.step == config.max_steps
+            if main and (stopping or trainer.step % config.ckpt_every == 0):
+                _save(run, trainer, must=stopping)
+        accelerator.wait_for_everyone()
     return 130 if stop.number == signal.SIGINT else 0
+
+
+def write_sample_grid(trainer: Trainer, vae: PixelVAE | LatentVAE, folder: Path) -> None:
+    """A PNG of 8 x 4 EMA samples, the same classes and noise at every step: DDIM, 50 steps, guidance 1.5."""
+    columns, rows = 8, 4
+    num_classes = max(trainer.model.num_classes, 1)
+    labels = (torch.arange(columns) * num_classes // columns).repeat(rows)
+    recipe = Recipe(seed=0, num_sampling_steps="50", solver="ddim", cfg_scale=1.5, precision=trainer.config.precision)
+    done = next(generate(trainer.ema, vae, recipe, torch.arange(len(labels)), len(labels), labels=labels))
+    folder.mkdir(exist_ok=True)
+    with whole_file(folder / f"{trainer.step:07d}.png") as temporary:
+        Image.fromarray(grid(done.images.unflatten(0, (rows, columns))).numpy()).save(temporary, format="png")
+
+
+def _save(run: Run, trainer: Trainer, must: bool) -> None:
+    try:
+        logger.info("saved %s", run.save(trainer))
+    except UserError as error:
+        if must:
+            raise
+        logger.error("%s; training goes on", error)  # the next one may find room
+
+
+@contextlib.contextmanager
+def _progress(step: int, max_steps: int, main: bool) -> Iterator[tqdm]:
+    with tqdm(total=max_steps, initial=step, unit="step", disable=not main) as bar, logging_redirect_tqdm():
+        yield bar
 
 
 def _agreed(accelerator, flag: bool) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from edt.checkpoint import check_checkpoint, newest_checkpoint, prune_checkpoints, read_tensors, save_checkpoint
 from edt.errors import UserError
-from edt.files import read_json, whole_file
+from edt.files import differences, read_json, whole_file
 from edt.train import Trainer
 
 logger = logging.getLogger(__name__)
@@ -111,20 +111,23 @@ class Run:
             raise UserError(f"--resume: no whole checkpoint in {path / 'checkpoints'}; leave --resume out to start anew")
         return found
 
-    def load(self, trainer: Trainer, checkpoint: Path) -> None:
+    def load(self, trainer: Trainer, checkpoint: Path, allow_changes: bool = False) -> None:
         """Continue from a checkpoint of the same model and configuration.
+
+        Args:
+            allow_changes: take the trainer's configuration where the checkpoint's differs.
 
         Raises:
             UserError: it is of another, naming what differs.
         """
         config, state = read_json(checkpoint / "config.json"), read_json(checkpoint / "state.json")
         model = json.loads(json.dumps(dataclasses.asdict(trainer.model.config)))
-        differing = _differences(config["model"], model)
+        differing = differences(config["model"], model)
         if differing:
-            raise UserError(f"{checkpoint} is of another model ({differing}); give a new --run-dir to train this one")
-        differing = _differences(state["config"], dataclasses.asdict(trainer.config))
-        if differing:
-            raise UserError(f"{checkpoint} was trained otherwise ({differing}); give the same flags, or a new --run-dir")
+            raise UserError(f"{checkpoint} is of another model ({differing}); --init-from in a new --run-dir takes what fits")
+        differing = differences(state["config"], dataclasses.asdict(trainer.config))
+        if differing and not allow_changes:
+            raise UserError(f"{checkpoint} was trained otherwise ({differing}); --allow-config-change goes on all the same")
         names = ("model", "ema", "optimizer", "sampler")
         trainer.load_state({name: read_tensors(checkpoint / f"{name}.safetensors") for name in names}, state)
         self._forget_metrics_after(trainer.step)
@@ -144,9 +147,3 @@ class Run:
                 kept += [line] if json.loads(line)["step"] <= step else []
         with whole_file(self.metrics) as temporary:
             temporary.write_text("".join(kept))
-
-
-def _differences(saved: dict, wanted: dict) -> str:
-    """ "name saved -> wanted" of the values that differ."""
-    names = [name for name in saved | wanted if saved.get(name) != wanted.get(name)]
-    return ", ".join(f"{name} {saved.get(name)} -> {wanted.get(name)}" for name in names)

@@ -5,7 +5,9 @@ import copy
 import dataclasses
 import signal
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -14,11 +16,11 @@ from edt.diffusion import create_diffusion, create_timestep_sampler
 from edt.draws import StepDraws, draw_step
 from edt.ema import update_ema
 from edt.errors import UserError
-from edt.features import Features
+from edt.features import Features, sample_posterior
 from edt.models import EDT
 from edt.optim import create_optimizer, learning_rate
 from edt.precision import allow_tf32
-from edt.randomness import epoch_order
+from edt.randomness import epoch_order, generator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,16 @@ class TrainConfig:
     schedule_sampler: str = "loss-second-moment"
     precision: str = "tf32"
     """"fp32", "tf32" (matrix products on a GPU), or "bf16" (autocast; weights, optimizer, EMA and loss stay fp32)."""
+    clip: float | None = None
+    """Largest norm of the gradient; None leaves it alone, as the release does."""
+
+
+class StepReport(NamedTuple):
+    """What one step says of itself."""
+
+    losses: torch.Tensor  # (B, passes), unweighted, of the global batch in its order
+    grad_norm: torch.Tensor  # (), before clipping
+    applied: bool  # False: loss or gradient was not finite, and the step left no trace
 
 
 class Trainer:
@@ -47,7 +59,8 @@ class Trainer:
 
     Attributes:
         model, ema: the bare networks.
-        step: optimizer steps taken.
+        step: training steps taken, those that left no trace included.
+        bad_steps: of these, the latter.
     """
 
     def __init__(self, model: EDT, config: TrainConfig, accelerator: Accelerator, micro_batch_size: int | None = None):
@@ -73,7 +86,7 @@ class Trainer:
         self.diffusion = create_diffusion()
         self.timestep_sampler = create_timestep_sampler(config.schedule_sampler, self.diffusion.num_timesteps)
         self.timestep_sampler.to(accelerator.device)
-        self.step = 0
+        self.step = self.bad_steps = 0
 
     def draw(self) -> StepDraws:
         """This step's draws for the global batch."""
@@ -83,26 +96,38 @@ class Trainer:
             self.accelerator.device, masking=config.masking, noise=config.noise, label_dropout=config.label_dropout,
         )  # fmt: skip
 
-    def update(self, x_start: torch.Tensor, y: torch.Tensor, draws: StepDraws) -> torch.Tensor:
-        """One step: losses, gradients, optimizer, EMA, timestep sampler.
+    def update(self, x_start: torch.Tensor, y: torch.Tensor, draws: StepDraws) -> StepReport:
+        """One step: losses, gradients, and if they are finite on every process optimizer, EMA and timestep sampler.
 
         Args:
             x_start: this process's share of the latents, (b, C, S, S).
             y: its labels, (b,).
             draws: of the global batch, B.
-
-        Returns:
-            unweighted losses of the global batch, (B, passes), in its order.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config.init_lr, self.config.lr_steps)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.accelerator.gather(self._backward(x_start, y, draws.rows(self.rows)))
-        self.optimizer.step()
-        update_ema(self.ema, self.model, self.config.ema_decay)
-        self.timestep_sampler.update(draws.t, losses.sum(dim=1))
-        self.step += 1
-        return losses
+        limit = float("inf") if self.config.clip is None else self.config.clip
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        # Losses are gathered and gradients reduced, so every process decides the same.
+        applied = bool(losses.isfinite().all() & grad_norm.isfinite())
+        if applied:
+            self.optimizer.step()
+            update_ema(self.ema, self.model, self.config.ema_decay)
+            self.timestep_sampler.update(draws.t, losses.sum(dim=1))
+        self.step += 1  # data and draws move on in any case
+        self.bad_steps += not applied
+        return StepReport(losses, grad_norm, applied)
+
+    def latents(self, stored: torch.Tensor) -> torch.Tensor:
+        """This step's latents from what the features store: themselves, or moments (b, 2C, S, S) to sample from."""
+        config, device = self.model.config, self.accelerator.device
+        if stored.shape[1] == config.in_channels:
+            return stored
+        shape = (self.config.global_batch_size, config.in_channels, config.input_size, config.input_size)
+        noise = torch.randn(shape, generator=generator(self.config.seed, "posterior", self.step, device), device=device)
+        return sample_posterior(stored, noise[self.rows])
 
     def _backward(self, x_start: torch.Tensor, y: torch.Tensor, draws: StepDraws) -> torch.Tensor:
         """Gradients of mean(weight * loss), summed over the passes; returns the losses, (b, passes).
@@ -136,7 +161,14 @@ class Trainer:
             "optimizer": optimizer,
             "sampler": self.timestep_sampler.state_dict(),
         }
-        return tensors, {"state": {"step": self.step, "optimizer": rest, "config": dataclasses.asdict(self.config)}}
+        return tensors, {
+            "state": {
+                "step": self.step,
+                "bad_steps": self.bad_steps,
+                "optimizer": rest,
+                "config": dataclasses.asdict(self.config),
+            }
+        }
 
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
         """Inverse of :meth:`state`."""
@@ -145,7 +177,7 @@ class Trainer:
         self.ema.load_state_dict(tensors["ema"])
         restore_optimizer(self.optimizer, names, tensors["optimizer"], state["optimizer"])
         self.timestep_sampler.load_state_dict(tensors["sampler"])
-        self.step = state["step"]
+        self.step, self.bad_steps = state["step"], state["bad_steps"]
 
 
 def steps_per_epoch(count: int, global_batch_size: int) -> int:
@@ -160,23 +192,26 @@ def steps_per_epoch(count: int, global_batch_size: int) -> int:
 
 
 class BatchIndices:
-    """This process's image indices of each step from ``first_step`` on, without end."""
+    """(indices, flips) of this process's share of each step from ``first_step`` on, without end; flips are those of the
+    images' turns, for features that store both orientations."""
 
     def __init__(self, count: int, seed: int, global_batch_size: int, rows: slice, first_step: int = 0):
         self.count, self.seed, self.batch, self.rows, self.first_step = count, seed, global_batch_size, rows, first_step
         self.steps_per_epoch = steps_per_epoch(count, global_batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         step = self.first_step
         while True:
             epoch, position = divmod(step, self.steps_per_epoch)
             start = position * self.batch
-            yield epoch_order(self.seed, epoch, self.count)[start : start + self.batch][self.rows].tolist()
+            indices = epoch_order(self.seed, epoch, self.count)[start : start + self.batch]
+            flips = torch.randint(2, (self.batch,), generator=generator(self.seed, "flip", step))
+            yield indices[self.rows].numpy(), flips[self.rows].numpy()
             step += 1
 
 
 def batches(features: Features, indices: BatchIndices, num_workers: int, pin_memory: bool) -> Iterator:
-    """(latents, labels) of each step, read ahead by ``num_workers`` processes."""
+    """(what is stored, labels) of each step, read ahead by ``num_workers`` processes."""
     return iter(
         torch.utils.data.DataLoader(
             features, batch_size=None, sampler=indices, num_workers=num_workers, pin_memory=pin_memory,

@@ -1,5 +1,6 @@
 """Images to latents and back: the SD-VAE through diffusers, or none at all ("pixels")."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ class PixelVAE:
     """No VAE: images in [-1, 1] are the latents."""
 
     channels, downsampling, scaling_factor = 3, 1, 1.0
+    sha256 = None
 
-    def encode(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Images are their own latents; ``noise`` has nothing to sample."""
-        return images
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images are their own latents, without doubt."""
+        return images, torch.zeros_like(images)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
@@ -27,6 +29,7 @@ class LatentVAE:
         channels: of the latent.
         downsampling: image pixels per latent pixel along a side.
         scaling_factor: the network's latents are the VAE's times this.
+        sha256: of the weights, whatever file they came from.
     """
 
     def __init__(self, autoencoder: torch.nn.Module):
@@ -34,12 +37,16 @@ class LatentVAE:
         self.channels = autoencoder.config.latent_channels
         self.downsampling = 2 ** (len(autoencoder.config.block_out_channels) - 1)
         self.scaling_factor = autoencoder.config.scaling_factor
+        digest = hashlib.sha256()
+        for name, value in sorted(autoencoder.state_dict().items()):
+            digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        self.sha256 = digest.hexdigest()
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """One posterior sample: images (B, 3, H, W) in [-1, 1], noise like the latents -> latents (B, C, h, w)."""
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> mean and deviation of the latents' posterior, (B, C, h, w) each."""
         posterior = self.autoencoder.encode(images).latent_dist
-        return (posterior.mean + posterior.std * noise) * self.scaling_factor
+        return posterior.mean * self.scaling_factor, posterior.std * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -269,9 +269,7 @@ def pools_and_joins(last_pool: str = "MaxPool") -> bytes:
         parts.append(node(name, op, f"{name}/control_dependency", **window, padding=text(2, padding)))
     for block in AVERAGE_POOLS:
         window = {"ksize": integers(1, 3, 3, 1), "strides": integers(1, 1, 1, 1)}
-        parts.append(
-            node(f"{block}/tower_2/pool", "AvgPool", INPUTS[block], T=kind(FLOAT), **window, padding=text(2, "SAME"))
-        )
+        parts.append(node(f"{block}/tower_2/pool", "AvgPool", INPUTS[block], T=kind(FLOAT), **window, padding=text(2, "SAME")))
     for block, ends in JOINS.items():
         sources = [f"{block}/{end}" for end in ends.split()]
         axis = f"{block}/join/concat_dim"

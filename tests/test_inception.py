@@ -53,13 +53,10 @@ def test_network_has_the_nodes_of_the_graph():
     maxima = {name: (p.source, p.stride, p.padding) for name, p in pools.items() if p.op == "MaxPool"}
     assert maxima == inception_graph.MAX_POOLS
     averages = {name: p.source for name, p in pools.items() if p.op == "AvgPool"}
-    assert averages == {
-        f"{block}/tower_2/pool": inception_graph.INPUTS[block] for block in inception_graph.AVERAGE_POOLS
-    }
+    assert averages == {f"{block}/tower_2/pool": inception_graph.INPUTS[block] for block in inception_graph.AVERAGE_POOLS}
     joins = {node.name: node.sources for node in GRAPH if isinstance(node, Join)}
     assert joins == {
-        f"{block}/join": tuple(f"{block}/{end}" for end in ends.split())
-        for block, ends in inception_graph.JOINS.items()
+        f"{block}/join": tuple(f"{block}/{end}" for end in ends.split()) for block, ends in inception_graph.JOINS.items()
     }
 
 

@@ -89,9 +89,7 @@ def test_equal_covariances_leave_the_squared_mean_distance(rank):
 def test_frechet_distance_of_commuting_covariances():
     variances1, variances2 = np.array([4.0, 1.0, 0.0]), np.array([1.0, 9.0, 4.0])
     axes = np.linalg.qr(np.random.default_rng(1).standard_normal((3, 3)))[0]
-    distance = frechet_distance(
-        np.zeros(3), axes * variances1 @ axes.T, np.zeros(3), axes * variances2 @ axes.T
-    )
+    distance = frechet_distance(np.zeros(3), axes * variances1 @ axes.T, np.zeros(3), axes * variances2 @ axes.T)
     assert distance == pytest.approx(((variances1**0.5 - variances2**0.5) ** 2).sum(), rel=1e-6)
 
 

@@ -99,9 +99,7 @@ def damaged(kind: str) -> bytes:
         return whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:]
     if kind == "header of a terabyte":
         header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 1000, 1000, 3)}
-        )
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 1000, 1000, 3)})
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("arr_0.npy", header.getvalue() + b"\0" * 100)

@@ -83,9 +83,10 @@ def test_sd_vae_form(tmp_path):
     assert (vae.channels, vae.downsampling, vae.scaling_factor) == (4, 8, 0.18215)
     images = golden_rule.normal(0, 2, 3, 32, 32).clamp(-1, 1)
     posterior = vae.autoencoder.encode(images).latent_dist
-    noise = golden_rule.normal(1, 2, 4, 4, 4)
-    latents = vae.encode(images, noise)
-    torch.testing.assert_close(latents, 0.18215 * (posterior.mean + posterior.std * noise))
+    latents, deviation = vae.encode(images)
+    torch.testing.assert_close(latents, 0.18215 * posterior.mean)
+    torch.testing.assert_close(deviation, 0.18215 * posterior.std)
+    assert vae.sha256 == load_vae(str(tmp_path)).sha256 and len(vae.sha256) == 64
     torch.testing.assert_close(vae.decode(latents), vae.autoencoder.decode(latents / 0.18215).sample)
 
 

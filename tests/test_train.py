@@ -46,7 +46,7 @@ def test_four_training_steps_are_those_of_the_release():
     for step in range(1, 5):
         draws = golden_draws(step)
         x, y = (torch.from_numpy(GOLDEN[f"s{step}.{name}"]) for name in ("x0", "y"))
-        losses = (trainer.update(x, y, draws) * draws.weight[:, None]).mean(dim=0)
+        losses = (trainer.update(x, y, draws).losses * draws.weight[:, None]).mean(dim=0)
         np.testing.assert_allclose(losses.double().numpy(), GOLDEN["losses"][step - 1], rtol=1e-5)
     for name, network in (("model", trainer.model), ("ema", trainer.ema)):
         errors = []
@@ -70,7 +70,7 @@ def test_two_runs_are_equal_and_another_seed_is_not():
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
 def test_micro_batches_make_the_same_update(micro_batch_size):
     whole, parts = tiny_trainer(), tiny_trainer(micro_batch_size)
-    losses = [trainer.update(*batch(0), trainer.draw()) for trainer in (whole, parts)]
+    losses = [trainer.update(*batch(0), trainer.draw()).losses for trainer in (whole, parts)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
     same_gradients(whole.model, parts.model)
 
@@ -131,13 +131,13 @@ def test_state_survives_a_round_trip():
 
 def test_bfloat16_step_is_near_float32_and_keeps_float32_state():
     exact = tiny_trainer(precision="fp32")
-    losses = [exact.update(*batch(0), exact.draw())]
+    losses = [exact.update(*batch(0), exact.draw()).losses]
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     model = golden_rule.fill(build("EDT-Tiny/2", input_size=16, in_channels=3, num_classes=5))
     rounded = Trainer(model, exact.config, Accelerator(cpu=True, mixed_precision="bf16"))
-    losses.append(rounded.update(*batch(0), rounded.draw()))
+    losses.append(rounded.update(*batch(0), rounded.draw()).losses)
     assert not torch.equal(*losses)
     torch.testing.assert_close(losses[0], losses[1], rtol=0.05, atol=0.05)
     assert {value.dtype for kind, named in rounded.state()[0].items() if kind != "sampler" for value in named.values()} == {
@@ -145,18 +145,60 @@ def test_bfloat16_step_is_near_float32_and_keeps_float32_state():
     }
 
 
+def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {f"{kind}/{name}": value.clone() for kind, named in trainer.state()[0].items() for name, value in named.items()}
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_leaves_no_trace(where):
+    trainer = tiny_trainer()
+    trainer.update(*batch(0), trainer.draw())
+    before, (x, y) = everything(trainer), batch(1)
+    if where == "loss":
+        x[3, 0, 2, 2] = float("nan")
+    else:
+        handle = trainer.model.blocks[2].mlp.fc1.weight.register_hook(lambda gradient: gradient * float("inf"))
+    report = trainer.update(x, y, trainer.draw())
+    assert not report.applied and trainer.step == 2 and trainer.bad_steps == 1
+    after = everything(trainer)
+    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+    if where == "gradient":
+        handle.remove()
+    report = trainer.update(*batch(2), trainer.draw())
+    assert report.applied and trainer.bad_steps == 1 and report.grad_norm.isfinite()
+
+
+def test_clipping():
+    free, clipped = tiny_trainer(), tiny_trainer(clip=0.01)
+    norms = [trainer.update(*batch(0), trainer.draw()).grad_norm for trainer in (free, clipped)]
+    assert norms[0] == norms[1] > 0.01
+    total = torch.nn.utils.get_total_norm([p.grad for p in clipped.model.parameters()])
+    assert total == pytest.approx(0.01, rel=1e-3)
+
+
+def test_fresh_features_are_sampled_anew_each_step():
+    trainer = tiny_trainer()
+    moments = torch.cat([golden_rule.normal(0, 6, 3, 16, 16), torch.full((6, 3, 16, 16), 0.5)], dim=1)
+    first = trainer.latents(moments)
+    assert torch.equal(trainer.latents(moments), first)
+    assert (first - moments[:, :3]).std() == pytest.approx(0.5, rel=0.05)
+    trainer.step = 1
+    assert not torch.equal(trainer.latents(moments), first)
+    assert torch.equal(trainer.latents(moments[:, :3]), moments[:, :3])  # stored draws pass through
+
+
 def test_batches_cover_each_epoch_and_continue_anywhere():
     def take(count, rows, first_step=0):
         indices = BatchIndices(14, 7, 4, rows, first_step)
-        return [batch for batch, _ in zip(indices, range(count), strict=False)]
+        return [(i.tolist(), f.tolist()) for (i, f), _ in zip(indices, range(count), strict=False)]
 
     whole = take(9, slice(0, 4))
     for epoch in range(3):  # 3 batches of 4 an epoch; the 2 left over are dropped
-        seen = sum(whole[3 * epoch : 3 * epoch + 3], [])
+        seen = sum((indices for indices, _ in whole[3 * epoch : 3 * epoch + 3]), [])
         assert len(set(seen)) == 12
-    assert whole[0] != whole[3]
+    assert whole[0] != whole[3] and {flip for _, flips in whole for flip in flips} == {0, 1}
     assert take(4, slice(0, 4), first_step=5) == whole[5:9]
-    halves = [a + b for a, b in zip(take(9, slice(0, 2)), take(9, slice(2, 4)), strict=True)]
-    assert halves == whole
+    first, second = take(9, slice(0, 2)), take(9, slice(2, 4))
+    assert [(a[0] + b[0], a[1] + b[1]) for a, b in zip(first, second, strict=True)] == whole
     with pytest.raises(UserError, match="3 images are fewer"):
         BatchIndices(3, 0, 4, slice(0, 4))

@@ -23,7 +23,7 @@ from edt.plots import plot_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 16  # pixels: token grids of 8, 4 and 2
-STEPS, BATCH, SAMPLES = 1200, 64, 200
+STEPS, BATCH, SAMPLES = 1000, 64, 200
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     script("extract_features.py", "--data-path", out / "images/train", "--features-path", out / "features",
            "--vae", "pixels", "--image-size", SIZE, "--no-flip", "--num-workers", 2)  # fmt: skip
     script("train_mask_adan.py", "--model", "EDT-Tiny/2", "--feature-path", out / "features", "--run-dir", out / "run",
-           "--global-batch-size", BATCH, "--max-steps", args.steps, "--lr-steps", args.steps, "--ema-decay", 0.99,
+           "--global-batch-size", BATCH, "--max-steps", args.steps, "--init-lr", 3e-3, "--lr-steps", args.steps, "--ema-decay", 0.99,
            "--precision", precision, "--log-every", 20, "--ckpt-every", 500, "--num-workers", 0)  # fmt: skip
     sampling = ("--ckpt", out / "run", "--cfg-scale", 1.5, "--num-sampling-steps", 50, "--precision", precision)
     rows = []

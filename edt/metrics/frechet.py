@@ -46,9 +46,7 @@ class StreamingMoments:
         return Moments(self._mean.cpu().numpy(), (self._scatter / (self.count - 1)).cpu().numpy())
 
 
-def frechet_distance(
-    mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray
-) -> float:
+def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray) -> float:
     """Squared 2-Wasserstein distance of two Gaussians (Heusel et al. 2017, equation 6): FID on Inception features.
 
     ``|m1 - m2|² + tr C1 + tr C2 - 2 tr (C1 C2)^½``, where the last trace is the sum of the square roots of the

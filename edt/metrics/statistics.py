@@ -226,9 +226,7 @@ def _moments(path: Path, arrays: dict[str, np.ndarray], mean_name: str, covarian
 def write_statistics(path: Path, statistics: Statistics, **more: np.ndarray) -> None:
     """Write a statistics file; with ``arr_0`` in ``more`` it is a reference file that ADM's evaluator reads too."""
     arrays = dict(more, feature_name=np.array(statistics.feature_name))
-    for (mean, covariance), moments in zip(
-        MOMENT_NAMES, (statistics.moments, statistics.spatial_moments), strict=True
-    ):
+    for (mean, covariance), moments in zip(MOMENT_NAMES, (statistics.moments, statistics.spatial_moments), strict=True):
         if moments:
             arrays[mean], arrays[covariance] = moments
     for name in ("features", "count", "resolution"):
