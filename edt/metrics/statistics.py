@@ -78,7 +78,9 @@ def open_source(source: str | Path | np.ndarray, feature_name: str = "inception"
         recipe = _read_recipe(path / "recipe.json")
         if archives:
             return replace(_open_npz(archives[0], feature_name), recipe=recipe)
-        return Source(str(path), FolderImages(path, crop), recipe=recipe)
+        if recipe is not None:
+            raise UserError(f"{path} holds a recipe but no samples_*.npz; finish the sampling by starting it again")
+        return Source(str(path), FolderImages(path, crop))
     if not path.exists():
         raise UserError(f"{path} does not exist; give an .npz file, an image folder or a run folder")
     return _open_npz(path, feature_name)
