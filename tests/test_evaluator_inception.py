@@ -82,6 +82,14 @@ def test_statistics_alone_give_fid_and_sfid(folder, capsys, caplog):
     assert "Precision: not computed" in caplog.text
 
 
+def test_reference_of_another_network_is_refused(folder, tmp_path, capsys):
+    run(folder, "make-ref", folder / "photos", tmp_path / "ref.npz", "--image-size", 32)
+    with np.load(tmp_path / "ref.npz") as reference:
+        np.savez(tmp_path / "other.npz", **{**reference, "weights_sha256": np.array("0" * 64)})
+    pair = (tmp_path / "other.npz", folder / "samples.npz", "--inception", folder / "graph.pb")
+    assert "other Inception weights" in refused(capsys, *pair)
+
+
 def test_missing_and_wrong_weights_are_refused(folder, tmp_path, capsys):
     pair = (folder / "samples.npz", folder / "samples.npz")
     assert "nowhere.pb" in refused(capsys, *pair, "--inception", tmp_path / "nowhere.pb")

@@ -16,6 +16,7 @@ from edt.metrics.frechet import Moments, StreamingMoments
 from edt.metrics.images import ArrayImages, Crop, FolderImages, ImageSet, NpzImages, npz_names, read_npz
 
 MOMENT_NAMES = (("mu", "sigma"), ("mu_s", "sigma_s"))  # ADM's names, for pool and spatial features
+OPTIONAL_NAMES = ("features", "count", "resolution", "weights_sha256")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Statistics:
         features: (N, D) float32, None when only the moments are known.
         count: number of images behind the moments, None when unknown.
         resolution: (height, width) of the images in pixels, None when unknown.
+        weights_sha256: the extractor's; None for pixels, and when unknown as in ADM's files.
     """
 
     feature_name: str
@@ -36,6 +38,7 @@ class Statistics:
     features: np.ndarray | None = None
     count: int | None = None
     resolution: tuple[int, int] | None = None
+    weights_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,8 @@ def measure(
         cache_dir: where features are kept and looked for by the hash of the images' content.
         progress: show a bar on stderr.
     """
+    if source.statistics and source.statistics.weights_sha256 not in (None, extractor.weights_sha256):
+        raise UserError(f"{source.name} was made with other Inception weights; make it again with make-ref")
     if source.images is None:
         return source.statistics
     extractor.check(source.images.resolution)
@@ -191,6 +196,7 @@ def _measure_batches(
         np.concatenate(kept) if keep_features else None,
         images.count,
         images.resolution,
+        extractor.weights_sha256,
     )
 
 
@@ -201,7 +207,7 @@ def _cache_key(images: ImageSet, extractor: FeatureExtractor) -> str:
 
 def read_statistics(path: Path) -> Statistics:
     """Statistics from a file of :func:`write_statistics` or one of ADM's reference files."""
-    names = [name for pair in MOMENT_NAMES for name in pair] + ["features", "feature_name", "count", "resolution"]
+    names = [name for pair in MOMENT_NAMES for name in pair] + ["feature_name", *OPTIONAL_NAMES]
     arrays = read_npz(path, tuple(names))
     moments = [_moments(path, arrays, *pair) for pair in MOMENT_NAMES]
     return Statistics(
@@ -211,6 +217,7 @@ def read_statistics(path: Path) -> Statistics:
         arrays.get("features"),
         int(arrays["count"]) if "count" in arrays else None,
         tuple(arrays["resolution"].tolist()) if "resolution" in arrays else None,
+        str(arrays["weights_sha256"]) if "weights_sha256" in arrays else None,
     )
 
 
@@ -233,7 +240,7 @@ def write_statistics(path: Path, statistics: Statistics, **more: np.ndarray) -> 
     ):
         if moments:
             arrays[mean], arrays[covariance] = moments
-    for name in ("features", "count", "resolution"):
+    for name in OPTIONAL_NAMES:
         if getattr(statistics, name) is not None:
             arrays[name] = np.asarray(getattr(statistics, name))
     path.parent.mkdir(parents=True, exist_ok=True)
