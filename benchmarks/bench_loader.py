@@ -89,9 +89,8 @@ def main() -> None:
             print(f"{name:14} {rates[name]:10.0f} samples/s   peak memory so far {peak_gib:.2f} GiB", flush=True)
             shutil.rmtree(folder)
         print(f"packed over npy, one draw: {rates['packed, once'] / rates['npy, once']:.1f} x")
-        print(
-            f"{args.count} latents of {SHAPE}; one thread; {platform.processor() or platform.machine()}, torch {torch.__version__}, numpy {np.__version__}"
-        )
+        machine = platform.processor() or platform.machine()
+        print(f"{args.count} latents of {SHAPE}; one thread; {machine}, torch {torch.__version__}, numpy {np.__version__}")
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
