@@ -24,14 +24,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
 def bench_images(args: argparse.Namespace) -> None:
-    """``evaluator.py`` end to end on ``count`` + ``count`` images of noise, the backends in turn."""
+    """``evaluator.py`` end to end on ``count`` + ``count`` images, the backends in turn."""
     import inception_graph
+    from test_evaluator_inception import structured_images
 
     with tempfile.TemporaryDirectory() as folder:
         reference, samples, graph = (Path(folder) / name for name in ("ref.npz", "gen.npz", "graph.pb"))
         for seed, path in enumerate((reference, samples)):
-            shape = (args.count, args.side, args.side, 3)
-            np.savez(path, np.random.default_rng(seed).integers(0, 256 - 20 * seed, shape, dtype=np.uint8))
+            np.savez(path, structured_images(seed, args.count, args.side))
         if not args.inception:
             graph.write_bytes(inception_graph.random_graph(0))
         for backend in args.backends * args.repeats:
