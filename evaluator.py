@@ -41,8 +41,8 @@ def score(argv: list[str]) -> None:
     extractor = create_extractor(args.features, args.backend, args.inception, args.device)
     report = evaluate(reference, samples, extractor, args.pr, args.batch_size, args.cache_dir, progress=True)
     for label, key in SCORE_LINES[args.features]:
-        if key in report["scores"]:
-            print(f"{label}: {report['scores'][key]}")
+        if key in report:
+            print(f"{label}: {report[key]}")
         else:
             logging.warning("%s: not computed, it needs images where only statistics are given", label)
     if args.json:

@@ -53,7 +53,8 @@ def test_json_report(files):
     report = files / "report.json"
     main([str(files.parent / "ref.npz"), str(files), "--features", "pixels", "--json", str(report), "--pr", "adm"])
     report = json.loads(report.read_text())
-    assert set(report["scores"]) == {"frechet_distance", "precision", "recall"}
+    assert {"frechet_distance", "precision", "recall"} < report.keys()
+    assert report["features"] == {"name": "pixels", "backend": "torch", "weights_sha256": None}
     assert report["samples"]["recipe"] == {"cfg_scale": 1.5}
     assert (report["reference"]["count"], report["samples"]["count"]) == (40, 30)
     assert report["precision_recall"] == {"k": 3, "mode": "adm"}

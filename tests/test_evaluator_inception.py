@@ -66,8 +66,8 @@ def test_from_photographs_to_scores(folder, capsys, caplog):
     }
     assert report["reference"]["moments"] == {"from": "file", "count": 12}
     assert (report["reference"]["count"], report["samples"]["count"]) == (5, 12)
-    assert report["scores"]["inception_score_splits"] == [report["scores"]["inception_score"]]
-    assert {"kid", "kid_std"} < report["scores"].keys()
+    assert report["inception_score_splits"] == [report["inception_score"]]
+    assert {"kid", "kid_std"} < report.keys()
 
 
 def test_statistics_alone_give_fid_and_sfid(folder, capsys, caplog):
@@ -80,6 +80,14 @@ def test_statistics_alone_give_fid_and_sfid(folder, capsys, caplog):
     assert list(scores) == ["Inception Score", "FID", "sFID"]
     assert scores["FID"] > 1
     assert "Precision: not computed" in caplog.text
+
+
+def test_reference_of_another_network_is_refused(folder, tmp_path, capsys):
+    run(folder, "make-ref", folder / "photos", tmp_path / "ref.npz", "--image-size", 32)
+    with np.load(tmp_path / "ref.npz") as reference:
+        np.savez(tmp_path / "other.npz", **{**reference, "weights_sha256": np.array("0" * 64)})
+    pair = (tmp_path / "other.npz", folder / "samples.npz", "--inception", folder / "graph.pb")
+    assert "other Inception weights" in refused(capsys, *pair)
 
 
 def test_missing_and_wrong_weights_are_refused(folder, tmp_path, capsys):

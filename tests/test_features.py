@@ -93,7 +93,9 @@ def test_fresh_features_hold_the_posterior_of_both_orientations(image_folder, va
     from edt.vae import load_vae
 
     files = sorted(image_folder.rglob("*.png"), key=lambda path: (path.parent.name, path.name))
-    images = torch.stack([torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 255 * 2 - 1 for file in files])
+    images = torch.stack(
+        [torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 255 * 2 - 1 for file in files]
+    )
     for stored, turned in ((plain, images), (mirrored, images.flip(-1))):
         torch.testing.assert_close(stored, torch.cat(load_vae(str(vae)).encode(turned), dim=1), rtol=2e-3, atol=2e-4)
     _, once, _ = read_all(tmp_path / "once")

@@ -61,7 +61,7 @@ def test_network_has_the_nodes_of_the_graph():
 
 
 @pytest.mark.parametrize("size", [(2, 3), (32, 32), (299, 299), (300, 512)])
-def test_resize_is_tensorflow_ones(size):
+def test_resize_is_that_of_tensorflow_1(size):
     image = np.random.default_rng(1).integers(0, 256, (*size, 1)).astype(np.float32)
 
     def position(i: int, length: int) -> tuple[int, int, np.float32]:
@@ -136,7 +136,6 @@ def test_network_meets_tensorflow_values(extractor, side):
         np.testing.assert_allclose(summary(features), expected, rtol=0, atol=1e-5 * features.max())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gamma", ["one", "ignored", "used"])
 def test_network_meets_tensorflow(tmp_path, gamma):
     pytest.importorskip("tensorflow")
@@ -154,6 +153,12 @@ def test_network_meets_tensorflow(tmp_path, gamma):
         pairs.append((ours.probabilities(pool), tensorflow.probabilities(pool.numpy())))
         for found, expected in pairs:
             torch.testing.assert_close(found, expected, rtol=0, atol=float(1e-5 * expected.abs().max()))
+
+
+def test_network_leaves_the_random_generator_alone(graph_file):
+    before = torch.get_rng_state()
+    InceptionFeatures(load_weights(graph_file)).extract(sample_images(8, 8))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_batch_does_not_change_features(extractor):

@@ -169,13 +169,14 @@ def test_half_precision_falls_back_block_by_block(monkeypatch):
 
 def test_training_precision_does_not_reach_the_distances(reference, samples):
     expected = precision_recall(reference[:300], samples[:300], mode="exact")
-    torch.set_float32_matmul_precision("medium")
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         with torch.autocast("cpu", torch.bfloat16):
             assert precision_recall(reference[:300], samples[:300], mode="exact") == expected
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert matmul.fp32_precision == "bf16"
     finally:
-        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
 
 
 def test_too_few_images_for_neighbours():

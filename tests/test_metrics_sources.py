@@ -123,6 +123,13 @@ def test_missing_things_are_named(tmp_path):
     np.savez(tmp_path / "a.npz", images=IMAGES)
     with pytest.raises(UserError, match="no array arr_0.*images.npy"):
         open_source(tmp_path / "a.npz")
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(UserError, match="finish the sampling"):
+        open_source(tmp_path)
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(UserError, match="recipe.json is not JSON"):
+        open_source(tmp_path)
+    (tmp_path / "recipe.json").unlink()
     (tmp_path / "samples_1.npz").touch()
     (tmp_path / "samples_2.npz").touch()
     with pytest.raises(UserError, match="2 samples_"):

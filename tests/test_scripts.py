@@ -44,35 +44,19 @@ def fails(main, argv: list, capsys) -> str:
 
 
 @pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["python", "torchrun"])
-def test_extraction(launcher, image_folder, features, tmp_path):
-    done = run_script(*launcher, "extract_features.py", "--data-path", image_folder, "--features-path", tmp_path, "--vae",
-                      "pixels", "--image-size", 16, "--num-workers", 1, "--batch-size", 3)  # fmt: skip
+def test_extraction(launcher, image_folder, tmp_path):
+    layout = "packed" if launcher == TORCHRUN else "npy"
+    common = ["--data-path", image_folder, "--vae", "pixels", "--image-size", 16, "--layout", layout, "--shard-size", 9]
+    done = run_script(*launcher, "extract_features.py", *common, "--features-path", tmp_path / "a", "--num-workers", 1,
+                      "--batch-size", 4)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    files = sorted(path.relative_to(features) for path in features.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    assert len(files) == 81  # 40 features, 40 labels, the manifest
-    for file in files:
-        assert (tmp_path / file).read_bytes() == (features / file).read_bytes()
-    assert "40 features of 3 classes" in done.stdout
-
-
-def test_extracted_pixels_are_the_images(image_folder, features, tmp_path):
-    argv = ["--data-path", image_folder, "--features-path", tmp_path, "--vae", "pixels", "--image-size", 16, "--no-flip",
-            "--num-workers", 0]  # fmt: skip
-    extract_features.main([str(part) for part in argv])
-    files = sorted(image_folder.rglob("*.png"), key=lambda path: (path.parent.name, path.name))
-    flipped = 0
-    for index, file in enumerate(files):
-        expected = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 255 * 2 - 1
-        plain = torch.from_numpy(np.load(tmp_path / "imagenet_features" / f"{index}.npy"))
-        torch.testing.assert_close(plain, expected[None])
-        either = torch.from_numpy(np.load(features / "imagenet_features" / f"{index}.npy"))
-        flipped += not torch.equal(either, plain)
-        assert torch.equal(either, plain) or torch.equal(either, plain.flip(-1))
-        assert np.load(tmp_path / "imagenet_labels" / f"{index}.npy").tolist() == [
-            ("ant", "bee", "cat").index(file.parent.name)
-        ]
-    assert 10 < flipped < 30
+    extract_features.main([str(part) for part in [*common, "--features-path", tmp_path / "b", "--num-workers", 0]])
+    found, expected = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+        for folder in (tmp_path / "a", tmp_path / "b")
+    )
+    assert found == expected
+    assert "40 images of 3 classes" in done.stdout
 
 
 @pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN, ACCELERATE], ids=["python", "torchrun", "accelerate"])
@@ -132,6 +116,7 @@ def test_class_images(trained, tmp_path):
         ("--precision", "bf16"),
         ("--precision", "fp32", "--mini-batch-size", "3", "--num-workers", "1"),
         ("--init-lr", "1e-4", "--lr-steps", "10", "--ema-decay", "0.5", "--global-seed", "1"),
+        ("--clip", "0.5"),
         ("--num-classes", "0"),
         ("--num-classes", "5"),
         ("--epochs", "1", "--global-batch-size", "20", "--ckpt-every", "1"),
@@ -224,6 +209,20 @@ def test_the_same_command_continues_and_ends_where_an_uninterrupted_run_does(fea
     assert metrics(tmp_path / "by-step")[-1]["step"] == 2
 
 
+def test_fine_tuning_takes_what_fits(features, run_folder, tmp_path):
+    argv = [*TRAIN, "--feature-path", str(features), "--max-steps", "1", "--num-classes", "7", "--init-lr", "1e-9",
+            "--lr-steps", "1", "--sample-every", "1"]  # fmt: skip
+    assert train_mask_adan.main([*argv, "--run-dir", str(tmp_path / "tuned"), "--init-from", str(run_folder)]) == 0
+    before, after = weights(run_folder), weights(tmp_path / "tuned")
+    assert after["y_embedder.embedding_table.weight"].shape[0] == 8
+    torch.testing.assert_close(after["y_embedder.embedding_table.weight"][-1], before["y_embedder.embedding_table.weight"][-1])
+    for name in set(before) - {"y_embedder.embedding_table.weight"}:
+        torch.testing.assert_close(after[name], before[name], msg=name)
+    log = (tmp_path / "tuned" / "log.txt").read_text()
+    assert "1 parameters resized: y_embedder.embedding_table.weight" in log and "0 parameters new" in log
+    assert np.asarray(Image.open(tmp_path / "tuned" / "samples" / "0000001.png")).shape == (4 * 18 + 2, 8 * 18 + 2, 3)
+
+
 def test_resume_without_a_checkpoint_or_of_another_run_is_refused(features, run_folder, tmp_path, capsys):
     base = [*TRAIN, "--feature-path", features, "--max-steps", 3]
     assert "no whole checkpoint" in fails(train_mask_adan.main, [*base, "--run-dir", tmp_path / "a", "--resume"], capsys)
@@ -231,7 +230,9 @@ def test_resume_without_a_checkpoint_or_of_another_run_is_refused(features, run_
     assert "absent" in fails(train_mask_adan.main, [*base, "--run-dir", tmp_path, "--resume", tmp_path / "absent"], capsys)
     copied = shutil.copytree(run_folder, tmp_path / "run")
     continued = [*base, "--run-dir", copied]
-    assert "init_lr 0.001 -> 0.01" in fails(train_mask_adan.main, [*continued, "--init-lr", 0.01], capsys)
+    assert "init_lr: 0.001 -> 0.01" in fails(train_mask_adan.main, [*continued, "--init-lr", 0.01], capsys)
+    assert "global_batch_size: 4 -> 8" in fails(train_mask_adan.main, [*continued, "--global-batch-size", 8], capsys)
+    assert train_mask_adan.main([str(part) for part in [*continued, "--global-batch-size", 8, "--allow-config-change"]]) == 0
     assert "another model (depths" in fails(train_mask_adan.main, [*continued, "--model", "EDT-S/2"], capsys)
 
 
@@ -273,14 +274,15 @@ def test_a_folder_of_another_recipe_is_refused(run_folder, tmp_path, capsys):
         (lambda folder: (folder / "imagenet_labels" / "39.npy").unlink(), "40 features but 39 labels"),
         (lambda folder: np.save(folder / "imagenet_labels" / "39.npy", np.array([3])), "label 3, beyond"),
         (lambda folder: shutil.rmtree(folder / "imagenet_features"), "no features in"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "cannot read"),
         (lambda folder: [(folder / f"imagenet_{kind}" / "39.npy").unlink() for kind in ("labels", "features")], "39 of 40"),
     ],
 )
-def test_damaged_features_are_named(damage, message, features, tmp_path, capsys):
-    copied = shutil.copytree(features, tmp_path / "features")
-    damage(copied)
-    argv = [*TRAIN, "--feature-path", copied, "--run-dir", tmp_path / "run", "--epochs", 1, "--num-workers", 1]
+def test_damaged_features_are_named(damage, message, image_folder, tmp_path, capsys):
+    folder = tmp_path / "features"
+    extract_features.main(["--data-path", str(image_folder), "--features-path", str(folder), "--vae", "pixels", "--image-size",
+                           "16", "--num-workers", "0", "--layout", "npy"])  # fmt: skip
+    damage(folder)
+    argv = [*TRAIN, "--feature-path", folder, "--run-dir", tmp_path / "run", "--epochs", 1, "--num-workers", 1]
     assert message in fails(train_mask_adan.main, argv, capsys)
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")
 
@@ -293,6 +295,7 @@ def test_damaged_features_are_named(damage, message, features, tmp_path, capsys)
         (["--global-batch-size", 41], "40 images are fewer"),
         (["--image-size", 32], "image_size 16, not 32"),
         (["--vae", "ema"], "vae pixels, not ema"),
+        (["--init-from", "absent.pt"], "no checkpoint at absent.pt"),
     ],
 )
 def test_wrong_training_arguments_are_named(more, message, features, tmp_path, capsys):

@@ -23,7 +23,7 @@ from edt.plots import plot_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 16  # pixels: token grids of 8, 4 and 2
-STEPS, BATCH, SAMPLES = 1000, 64, 200
+STEPS, BATCH, SAMPLES, CFG = 1200, 64, 200, 2.5
 
 
 def main() -> None:
@@ -40,12 +40,12 @@ def main() -> None:
     script("train_mask_adan.py", "--model", "EDT-Tiny/2", "--feature-path", out / "features", "--run-dir", out / "run",
            "--global-batch-size", BATCH, "--max-steps", args.steps, "--init-lr", 3e-3, "--lr-steps", args.steps, "--ema-decay", 0.99,
            "--precision", precision, "--log-every", 20, "--ckpt-every", 500, "--num-workers", 0)  # fmt: skip
-    sampling = ("--ckpt", out / "run", "--cfg-scale", 1.5, "--num-sampling-steps", 50, "--precision", precision)
+    sampling = ("--ckpt", out / "run", "--cfg-scale", CFG, "--num-sampling-steps", 50, "--precision", precision)
     rows = []
     for amm in ("True", "False"):
-        path = script("image_generator_ddp.py", *sampling, "--amm", amm, "--num-images", SAMPLES, "--labels", "balanced",
+        printed = script("image_generator_ddp.py", *sampling, "--amm", amm, "--num-images", SAMPLES, "--labels", "balanced",
                       "--per-proc-batch-size", 100, "--output-dir", out / "samples")  # fmt: skip
-        samples = Path(path)
+        samples = Path(printed.strip().splitlines()[-1])
         scores = out / f"scores-amm-{amm.lower()}.json"
         script("evaluator.py", out / "images/train", samples, "--features", "pixels", "--json", scores)
         rows.append((f"EDT-Tiny, AMM {'on' if amm == 'True' else 'off'}", samples, json.loads(scores.read_text())))
@@ -56,13 +56,13 @@ def main() -> None:
 
 
 def script(name: str, *arguments) -> str:
-    """Run one of the project's scripts as a process; returns the last line it printed."""
+    """Run one of the project's scripts as a process; returns what it printed."""
     command = [sys.executable, str(ROOT / name), *map(str, arguments)]
     print("\n$ python", " ".join([name, *map(str, arguments)]), flush=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     print(done.stdout, end="", flush=True)
-    return done.stdout.strip().splitlines()[-1]
+    return done.stdout
 
 
 def make_image_folders(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -97,7 +97,7 @@ def report(rows: list, real: dict, seconds: float, precision: str, out: Path) ->
     for name, samples, scores in rows:
         images = np.load(samples)["arr_0"].mean(axis=-1).reshape(SAMPLES, -1) / 255
         share = (classifier.predict(images) == np.load(samples.parent / "labels.npy")).mean()
-        print(f"{name:24}{scores['fid']:10.3f}{scores['precision']:11.3f}{scores['recall']:8.3f}{share:13.1%}")
+        print(f"{name:24}{scores['frechet_distance']:10.3f}{scores['precision']:11.3f}{scores['recall']:8.3f}{share:13.1%}")
     print(f"{'held-back real digits':24}{'':29}{classifier.score(*flat['test']):13.1%}")
     print(f"\n{seconds / 60:.1f} minutes in {precision}; pictures in {out}: samples.png, amm-on-off.png, losses.png, visual/")
 

@@ -45,14 +45,14 @@ def evaluate(
     cache_dir: Path | None = None,
     progress: bool = False,
 ) -> dict:
-    """Scores of ``samples`` against ``reference``, with all that is needed to judge them.
+    """Scores of ``samples`` against ``reference`` (see :func:`compare`), and all that is needed to judge them.
 
     Args:
         pr: arithmetic of precision and recall, by default the extractor's.
         batch_size, cache_dir, progress: see :func:`measure`.
 
     Returns:
-        ``scores`` (see :func:`compare`), ``features``, ``precision_recall``, ``reference`` and ``samples``; JSON types.
+        The scores, then ``features``, ``precision_recall``, ``reference`` and ``samples``; in types that JSON knows.
     """
     check_comparable(reference, samples)
     if extractor.name == "inception" and samples.images:
@@ -62,7 +62,7 @@ def evaluate(
     described = {key: _describe(side, measured[key]) for key, side in sides.items()}
     features = {"name": extractor.name, "backend": extractor.backend, "weights_sha256": extractor.weights_sha256}
     return {
-        "scores": compare(measured["reference"], measured["samples"], extractor, pr),
+        **compare(measured["reference"], measured["samples"], extractor, pr),
         "features": features,
         "precision_recall": {"k": NEIGHBOURS, "mode": pr or extractor.default_pr},
         **described,

@@ -5,19 +5,23 @@ from contextlib import contextmanager
 
 import torch
 
+BACKENDS = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,
+    torch.backends.mkldnn.matmul,
+    torch.backends.mkldnn.conv,
+)
+
 
 @contextmanager
 def full_float32() -> Iterator[None]:
     """No TF32 or bf16 inside float32 matrix products and convolutions, no autocast, no gradients."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    before = [backend.fp32_precision for backend in BACKENDS]
+    for backend in BACKENDS:
+        backend.fp32_precision = "ieee"
     try:
-        with (
-            torch.inference_mode(),
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-            torch.autocast("cuda", enabled=False),
-            torch.autocast("cpu", enabled=False),
-        ):
+        with torch.inference_mode(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(BACKENDS, before, strict=True):
+            backend.fp32_precision = precision

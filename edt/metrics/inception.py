@@ -93,15 +93,17 @@ def _unit(unit: Unit, tensors: dict[str, np.ndarray]) -> nn.Sequential:
     """Convolution, batch norm and ReLU with the weights of one unit."""
     height, width = unit.kernel
     padding = (height // 2, width // 2) if unit.padding == "SAME" else 0
-    convolution = nn.Conv2d(unit.channels_in, unit.channels_out, unit.kernel, unit.stride, padding, bias=False)
-    batch_norm = nn.BatchNorm2d(unit.channels_out, eps=BATCH_NORM_EPSILON, track_running_stats=True)
+    with torch.device("meta"):  # no initial weights: drawing them would move the generator of a training around us
+        convolution = nn.Conv2d(unit.channels_in, unit.channels_out, unit.kernel, unit.stride, padding, bias=False)
+        batch_norm = nn.BatchNorm2d(unit.channels_out, eps=BATCH_NORM_EPSILON)
 
     def tensor(name: str) -> Tensor:
         return torch.tensor(tensors[f"{unit.name}/{name}"])
 
-    convolution.load_state_dict({"weight": tensor("conv2d_params").permute(3, 2, 0, 1)})
     names = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
-    batch_norm.load_state_dict({key: tensor(f"batchnorm/{name}") for key, name in names.items()}, strict=False)
+    state = {key: tensor(f"batchnorm/{name}") for key, name in names.items()}
+    batch_norm.load_state_dict({**state, "num_batches_tracked": torch.tensor(0)}, assign=True)
+    convolution.load_state_dict({"weight": tensor("conv2d_params").permute(3, 2, 0, 1)}, assign=True)
     return nn.Sequential(convolution, batch_norm, nn.ReLU(inplace=True))
 
 

@@ -16,6 +16,7 @@ from edt.metrics.frechet import Moments, StreamingMoments
 from edt.metrics.images import ArrayImages, Crop, FolderImages, ImageSet, NpzImages, npz_names, read_npz
 
 MOMENT_NAMES = (("mu", "sigma"), ("mu_s", "sigma_s"))  # ADM's names, for pool and spatial features
+OPTIONAL_NAMES = ("features", "count", "resolution", "weights_sha256")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Statistics:
         features: (N, D) float32, None when only the moments are known.
         count: number of images behind the moments, None when unknown.
         resolution: (height, width) of the images in pixels, None when unknown.
+        weights_sha256: the extractor's; None for pixels, and when unknown as in ADM's files.
     """
 
     feature_name: str
@@ -36,6 +38,7 @@ class Statistics:
     features: np.ndarray | None = None
     count: int | None = None
     resolution: tuple[int, int] | None = None
+    weights_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ def open_source(source: str | Path | np.ndarray, feature_name: str = "inception"
         recipe = _read_recipe(path / "recipe.json")
         if archives:
             return replace(_open_npz(archives[0], feature_name), recipe=recipe)
-        return Source(str(path), FolderImages(path, crop), recipe=recipe)
+        if recipe is not None:
+            raise UserError(f"{path} holds a recipe but no samples_*.npz; finish the sampling by starting it again")
+        return Source(str(path), FolderImages(path, crop))
     if not path.exists():
         raise UserError(f"{path} does not exist; give an .npz file, an image folder or a run folder")
     return _open_npz(path, feature_name)
@@ -118,6 +123,8 @@ def measure(
         cache_dir: where features are kept and looked for by the hash of the images' content.
         progress: show a bar on stderr.
     """
+    if source.statistics and source.statistics.weights_sha256 not in (None, extractor.weights_sha256):
+        raise UserError(f"{source.name} was made with other Inception weights; make it again with make-ref")
     if source.images is None:
         return source.statistics
     extractor.check(source.images.resolution)
@@ -189,6 +196,7 @@ def _measure_batches(
         np.concatenate(kept) if keep_features else None,
         images.count,
         images.resolution,
+        extractor.weights_sha256,
     )
 
 
@@ -199,7 +207,7 @@ def _cache_key(images: ImageSet, extractor: FeatureExtractor) -> str:
 
 def read_statistics(path: Path) -> Statistics:
     """Statistics from a file of :func:`write_statistics` or one of ADM's reference files."""
-    names = [name for pair in MOMENT_NAMES for name in pair] + ["features", "feature_name", "count", "resolution"]
+    names = [name for pair in MOMENT_NAMES for name in pair] + ["feature_name", *OPTIONAL_NAMES]
     arrays = read_npz(path, tuple(names))
     moments = [_moments(path, arrays, *pair) for pair in MOMENT_NAMES]
     return Statistics(
@@ -209,6 +217,7 @@ def read_statistics(path: Path) -> Statistics:
         arrays.get("features"),
         int(arrays["count"]) if "count" in arrays else None,
         tuple(arrays["resolution"].tolist()) if "resolution" in arrays else None,
+        str(arrays["weights_sha256"]) if "weights_sha256" in arrays else None,
     )
 
 
@@ -229,7 +238,7 @@ def write_statistics(path: Path, statistics: Statistics, **more: np.ndarray) -> 
     for (mean, covariance), moments in zip(MOMENT_NAMES, (statistics.moments, statistics.spatial_moments), strict=True):
         if moments:
             arrays[mean], arrays[covariance] = moments
-    for name in ("features", "count", "resolution"):
+    for name in OPTIONAL_NAMES:
         if getattr(statistics, name) is not None:
             arrays[name] = np.asarray(getattr(statistics, name))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,125 @@
+"""Time and memory of the evaluator: whole runs of each backend, and the statistics alone.
+
+    python benchmarks/bench_evaluator.py images --count 2000 --backends torch tensorflow
+    python benchmarks/bench_evaluator.py statistics --reference 10000 --samples 50000
+
+Every measurement is its own process, so that its peak memory is its own and no library's threads disturb another's.
+Without --inception the network has random weights: its scores mean nothing, its arithmetic is the same.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def bench_images(args: argparse.Namespace) -> None:
+    """``evaluator.py`` end to end on ``count`` + ``count`` images, the backends in turn."""
+    import inception_graph
+    from test_evaluator_inception import structured_images
+
+    with tempfile.TemporaryDirectory() as folder:
+        reference, samples, graph = (Path(folder) / name for name in ("ref.npz", "gen.npz", "graph.pb"))
+        for seed, path in enumerate((reference, samples)):
+            np.savez(path, structured_images(seed, args.count, args.side))
+        if not args.inception:
+            graph.write_bytes(inception_graph.random_graph(0))
+        for backend in args.backends * args.repeats:
+            command = [sys.executable, ROOT / "evaluator.py", reference, samples, "--backend", backend]
+            command += ["--inception", args.inception or graph, "--device", args.device]
+            start = time.perf_counter()
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            lines = process.stdout.read().splitlines()
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.perf_counter() - start
+            if status:
+                sys.exit(f"{backend} failed")
+            print(f"{backend}: {seconds:.0f} s, {2 * args.count / seconds:.1f} images/s, {gib(usage):.2f} GiB peak")
+            print("    " + ", ".join(lines), flush=True)
+
+
+def bench_statistics(args: argparse.Namespace) -> None:
+    """Each statistic of synthetic pool features, in a process of its own."""
+    for statistic in ("moments", "frechet", "precision_recall_adm", "precision_recall_exact", "kid"):
+        if statistic not in args.only:
+            continue
+        child = os.fork()
+        if child == 0:
+            run_statistic(statistic, args.reference, args.samples, args.device)
+            os._exit(0)
+        _, status, usage = os.wait4(child, 0)
+        print(f"    {gib(usage):.2f} GiB peak" if status == 0 else f"    failed ({status})", flush=True)
+
+
+def run_statistic(statistic: str, reference_count: int, sample_count: int, device: str) -> None:
+    from edt.metrics import StreamingMoments, frechet_distance, kernel_distance, precision_recall
+
+    reference, samples = synthetic_features(1, reference_count), synthetic_features(2, sample_count)
+    start = time.perf_counter()
+    if statistic == "moments":
+        streaming = StreamingMoments(2048, device)
+        for row in range(0, len(samples), 64):
+            streaming.update(samples[row : row + 64])
+        value = streaming.moments().covariance.trace()
+    elif statistic == "frechet":
+        covariances = [features[:5000].T @ features[:5000] / 5000 for features in (reference, samples)]
+        value = frechet_distance(np.zeros(2048), covariances[0], np.zeros(2048), covariances[1])
+    elif statistic == "kid":
+        value = kernel_distance(reference, samples, device=device)
+    else:
+        value = precision_recall(reference, samples, mode=statistic.rpartition("_")[2], device=device)
+    print(f"{statistic}: {time.perf_counter() - start:.1f} s ({value})", flush=True)
+
+
+def synthetic_features(seed: int, count: int) -> np.ndarray:
+    """Non-negative float32 (count, 2048) with a few strong directions, made in pieces to keep the peak low."""
+    basis = np.random.default_rng(0).standard_normal((16, 2048), dtype=np.float32)
+    r = np.random.default_rng(seed)
+    features = np.empty((count, 2048), np.float32)
+    for piece in np.array_split(features, max(count // 1000, 1)):
+        mixed = r.standard_normal((len(piece), 16), dtype=np.float32) @ basis
+        noise = r.standard_normal(piece.shape, dtype=np.float32)
+        piece[:] = np.abs(np.float32(0.1) * mixed + np.float32(0.3) + np.float32(0.1) * noise)
+    return features
+
+
+def gib(usage: resource.struct_rusage) -> float:
+    return usage.ru_maxrss / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    images = commands.add_parser("images")
+    images.add_argument("--count", type=int, default=2000)
+    images.add_argument("--side", type=int, default=256, help="pixels")
+    images.add_argument("--backends", nargs="+", default=["torch", "tensorflow"])
+    images.add_argument("--repeats", type=int, default=1)
+    images.add_argument("--inception", type=Path)
+    images.set_defaults(run=bench_images)
+    statistics = commands.add_parser("statistics")
+    statistics.add_argument("--reference", type=int, default=10_000)
+    statistics.add_argument("--samples", type=int, default=50_000)
+    names = ["moments", "frechet", "precision_recall_adm", "precision_recall_exact", "kid"]
+    statistics.add_argument("--only", nargs="+", choices=names, default=names)
+    statistics.set_defaults(run=bench_statistics)
+    for command in (images, statistics):
+        command.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    threads = os.environ.get("OMP_NUM_THREADS", "default")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS={threads}", flush=True)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
