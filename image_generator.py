@@ -65,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     def draw(on: bool) -> tuple[tuple[int, ...], torch.Tensor]:
         """The modulated blocks, and images (classes, variations, H, W, 3)."""
         blocks = apply_amm(model, args, on)
-        batches = generate(model, vae, recipe, torch.arange(len(labels)), args.per_proc_batch_size, labels=labels, progress=True)
+        batches = generate(
+            model, vae, recipe, torch.arange(len(labels)), args.per_proc_batch_size, labels=labels, progress=True
+        )
         return blocks, torch.cat([batch.images for batch in batches]).unflatten(0, (len(classes), args.num_variations))
 
     blocks, images = draw(on=bool(args.amm))
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(args.output_dir) / f"seed{args.seed}-cfg{args.cfg_scale}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"grid-{name}.png"
-    shown = [f"{label}  {', '.join(names[label][:1])}" for label in classes]
+    shown = [" ".join(dict.fromkeys([str(label), names[label][0]])) for label in classes]
     with whole_file(path) as temporary:
         captioned_grid(images, shown, captions).save(temporary, format="png")
     print(f"rows: {'; '.join(shown)}\n{path}")

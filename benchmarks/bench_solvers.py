@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num-images", type=int, default=500, help="drawn for each solver and number of steps")
     p.add_argument("--solvers", nargs="+", choices=SOLVERS, default=SOLVERS)
     p.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50, 250])
-    p.add_argument("--cfg-scale", type=float, default=1.5)
+    p.add_argument("--cfg-scale", type=float, default=2.5, help="default: the demo's")
     p.add_argument("--precision", choices=PRECISIONS, default="fp32")
     p.add_argument("--batch-size", type=int, default=250)
     p.add_argument("--output-dir", type=Path, default=Path("runs/demo/solvers"))

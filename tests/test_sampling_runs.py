@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
+import image_generator_ddp
+
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 COUNT = 24
 
@@ -24,10 +26,16 @@ def command(trained: Path, out: Path, *more) -> list[str]:
     return [str(part) for part in argv]
 
 
-def samples(done: subprocess.CompletedProcess) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Images, labels and sidecar of a finished run, from the path it printed last."""
+def finish(argv: list[str], launcher: tuple[str, ...] = (sys.executable,)) -> str:
+    """What a run printed that must end well."""
+    done = run_script(*launcher, *argv)
     assert done.returncode == 0, done.stderr
-    path = Path(done.stdout.strip().splitlines()[-1])
+    return done.stdout
+
+
+def samples(printed: str) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Images, labels and sidecar of a finished run, from the path it printed last."""
+    path = Path(printed.strip().splitlines()[-1])
     assert path.name == f"samples_{COUNT}x16x16x3.npz"
     with np.load(path) as file:
         assert file.files == ["arr_0"] and file["arr_0"].dtype == np.uint8
@@ -66,7 +74,8 @@ def whole(trained, tmp_path_factory) -> tuple[np.ndarray, np.ndarray, dict]:
     argv = command(trained, tmp_path_factory.mktemp("whole"), "--per-proc-batch-size", 8)
     done = run_script(sys.executable, *argv)
     assert "24/24" in done.stderr and "images/s]" in done.stderr  # the bar shows progress, time left and images/s
-    return samples(done)
+    assert done.returncode == 0, done.stderr
+    return samples(done.stdout)
 
 
 def test_the_images_are_those_of_the_recipe(whole):
@@ -82,7 +91,7 @@ def test_the_images_are_those_of_the_recipe(whole):
 
 
 def test_two_processes_draw_the_same(whole, trained, tmp_path):
-    images, labels, recipe = samples(run_script(*TORCHRUN, *command(trained, tmp_path, "--per-proc-batch-size", 5)))
+    images, labels, recipe = samples(finish(command(trained, tmp_path, "--per-proc-batch-size", 5), TORCHRUN))
     assert equal(images, whole[0]) and np.array_equal(labels, whole[1]) and recipe == whole[2]
 
 
@@ -92,7 +101,7 @@ def test_a_run_killed_three_times_draws_the_same(whole, trained, tmp_path):
         kill_after(argv, tmp_path, more)
         assert not list(tmp_path.rglob("*.npz"))
     assert 12 <= finished_in(tmp_path) < COUNT
-    images, labels, recipe = samples(run_script(sys.executable, *argv))
+    images, labels, recipe = samples(finish(argv))
     assert equal(images, whole[0]) and np.array_equal(labels, whole[1]) and recipe == whole[2]
 
 
@@ -116,7 +125,7 @@ def refused(done: subprocess.CompletedProcess) -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
-def test_a_full_disk_loses_nothing_that_was_finished(whole, trained, tmp_path):
+def test_a_full_disk_loses_nothing_that_was_finished(whole, trained, tmp_path, capsys):
     argv = command(trained, tmp_path, "--per-proc-batch-size", 4)
     assert "24 images need 0.00 GiB" in refused(run_script(sys.executable, *argv, **limited(8000)))
     assert not list(tmp_path.rglob("*.partial"))
@@ -125,10 +134,12 @@ def test_a_full_disk_loses_nothing_that_was_finished(whole, trained, tmp_path):
     room = limited(16 * 16 * 3 * (before + 6))  # the limit falls into the second batch
     assert "File too large" in refused(run_script(sys.executable, *argv, **room))
     assert finished_in(tmp_path) == before + 4
-    assert equal(samples(run_script(sys.executable, *argv))[0], whole[0])
+    image_generator_ddp.main(argv[1:])
+    assert equal(samples(capsys.readouterr().out)[0], whole[0])
     message = refused(run_script(sys.executable, *argv, "--png", **limited(60)))
     assert "make room" in message and not list(tmp_path.rglob("*.png"))
-    images, _, _ = samples(run_script(sys.executable, *argv, "--png"))
+    image_generator_ddp.main([*argv[1:], "--png"])
+    images, _, _ = samples(capsys.readouterr().out)
     pngs = sorted(tmp_path.rglob("*.png"))
     assert [path.name for path in pngs] == [f"{i:06d}.png" for i in range(COUNT)]
     assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in pngs]), images)
@@ -138,9 +149,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(whole, trained, tmp_path):
 def test_a_thousand_images_are_sampled_written_and_evaluated(trained, image_folder, tmp_path):
     argv = command(trained, tmp_path, "--num-images", 1000, "--num-sampling-steps", 5, "--solver", "unipc", "--png",
                    "--labels", "balanced", "--per-proc-batch-size", 128)  # fmt: skip
-    done = run_script(sys.executable, *argv)
-    assert done.returncode == 0, done.stderr
-    path = Path(done.stdout.strip().splitlines()[-1])
+    path = Path(finish(argv).strip().splitlines()[-1])
     assert path.name == "samples_1000x16x16x3.npz" and np.load(path)["arr_0"].shape == (1000, 16, 16, 3)
     assert {file.name for file in path.parent.iterdir() if file.suffix not in (".png", ".lock")} == {
         path.name, "labels.npy", "recipe.json"
@@ -148,6 +157,5 @@ def test_a_thousand_images_are_sampled_written_and_evaluated(trained, image_fold
     assert len(list(path.parent.glob("*.png"))) == 1000
     assert np.bincount(np.load(path.parent / "labels.npy")).tolist() == [334, 333, 333]
     report = tmp_path / "scores.json"
-    done = run_script(sys.executable, "evaluator.py", image_folder, path, "--features", "pixels", "--json", report)
-    assert done.returncode == 0, done.stderr
-    assert "Pixel-space Frechet distance" in done.stdout and '"count": 1000' in report.read_text()
+    printed = finish(["evaluator.py", image_folder, path, "--features", "pixels", "--json", report])
+    assert "Pixel-space Frechet distance" in printed and '"count": 1000' in report.read_text()

@@ -95,7 +95,7 @@ def test_class_images(trained, tmp_path):
                       "--num-variations", 3, "--output-dir", tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.strip().splitlines()[-1])
-    assert path == tmp_path / "seed1-cfg4.0" / "grid-amm-4-and-without.png" and "rows: 2  cat; 0  ant" in done.stdout
+    assert path == tmp_path / "seed1-cfg4.0" / "grid-amm-4-and-without.png" and "rows: 2 cat; 0 ant" in done.stdout
     picture = np.asarray(Image.open(path)).astype(int)
     assert picture.shape == (20 + 2 * (20 + 132), 9 * 130 + 2, 3)
     rows = [picture[top : top + 128, 2:] for top in (42, 42 + 152)]
