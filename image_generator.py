@@ -1,6 +1,6 @@
-"""Draw images of chosen classes, with and without AMM from the same noise, as a grid.
+"""Draw images of chosen classes, with and without AMM and their difference, from the same noise, as a grid.
 
-python image_generator.py --model EDT-XL/2 --ckpt EDT-XL.pt --classes 207 360 --cfg-scale 4
+python image_generator.py --model EDT-XL/2 --ckpt EDT-XL.pt --classes "golden retriever" 360 --cfg-scale 4
 """
 
 import argparse
@@ -8,22 +8,39 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from edt.cli import add_sampling_arguments, apply_amm, exit_on_user_error, find_place, load_for_sampling
+from edt.classes import class_names, find_class
+from edt.cli import (
+    add_sampling_arguments,
+    apply_amm,
+    exit_on_user_error,
+    find_place,
+    load_for_sampling,
+    make_recipe,
+    true_or_false,
+)
 from edt.errors import UserError
 from edt.files import whole_file
-from edt.grids import grid
-from edt.sampling import Recipe, check_classes, generate
+from edt.grids import captioned_grid, difference
+from edt.sampling import generate
 
 # The release's: two sharks, sea anemone, two dogs, cat, goldfinch, magpie, titmouse.
 IMAGENET_CLASSES = (2, 3, 108, 230, 232, 281, 11, 18, 19)
 
 
+def both_or_one(text: str) -> str | bool:
+    """Argument type of --amm."""
+    return "both" if text.lower() == "both" else true_or_false(text)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_sampling_arguments(p, cfg_scale=4.0)
-    p.add_argument("--classes", "--class-labels", type=int, nargs="+", help="default: nine of ImageNet, or the first nine")
+    add_sampling_arguments(p, cfg_scale=4.0, amm=both_or_one, amm_values="both|True|False")
+    p.set_defaults(amm="both")
+    p.add_argument(
+        "--classes", "--class-labels", nargs="+", metavar="CLASS",
+        help="numbers, or names of ImageNet or of your folders; default: nine of ImageNet, or the first nine",
+    )  # fmt: skip
     p.add_argument("--num-variations", type=int, default=5, help="images of a class")
     p.add_argument("--per-proc-batch-size", type=int, default=50)
     p.add_argument("--seed", "--global-seed", type=int, default=1)
@@ -34,32 +51,39 @@ def parser() -> argparse.ArgumentParser:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    device = find_place().device
-    recipe = Recipe(args.seed, args.num_sampling_steps, args.solver, args.cfg_scale, args.precision)
-    model, vae, notes = load_for_sampling(args, device)
-    classes = (
-        args.classes
-        or [label for label in IMAGENET_CLASSES if model.num_classes == 1000]
-        or range(min(9, model.num_classes or 1))
-    )
-    check_classes(classes, model.num_classes)
-    if args.num_variations < 1:
-        raise UserError("--num-variations must be 1 or more")
-    names = notes["features"].get("classes") or [str(label) for label in range(max(model.num_classes, 1))]
+    recipe = make_recipe(args, args.seed)
+    if args.num_variations < 1 or args.per_proc_batch_size < 1:
+        raise UserError("--num-variations and --per-proc-batch-size must be 1 or more")
+    model, vae, notes = load_for_sampling(args, find_place().device)
+    names = class_names(model.num_classes, notes["features"].get("classes"))
+    if args.classes:
+        classes = [find_class(text, names) for text in args.classes]
+    else:
+        classes = IMAGENET_CLASSES if model.num_classes == 1000 else range(min(9, len(names)))
     labels = torch.tensor([label for label in classes for _ in range(args.num_variations)])
 
+    def draw(on: bool) -> tuple[tuple[int, ...], torch.Tensor]:
+        """The modulated blocks, and images (classes, variations, H, W, 3)."""
+        blocks = apply_amm(model, args, on)
+        batches = generate(
+            model, vae, recipe, torch.arange(len(labels)), args.per_proc_batch_size, labels=labels, progress=True
+        )
+        return blocks, torch.cat([batch.images for batch in batches]).unflatten(0, (len(classes), args.num_variations))
+
+    blocks, images = draw(on=bool(args.amm))
+    name, captions = "amm-" + "-".join(map(str, blocks)) if blocks else "noamm", ()
+    if args.amm == "both":
+        without = draw(on=False)[1]
+        images = torch.stack([images, without, difference(images, without)], dim=2).flatten(1, 2)
+        captions = [f"AMM {', '.join(map(str, blocks))}", "without", "difference"] * args.num_variations
+        name += "-and-without"
     folder = Path(args.output_dir) / f"seed{args.seed}-cfg{args.cfg_scale}"
     folder.mkdir(parents=True, exist_ok=True)
-    # Both, from the same noise, unless one is asked for.
-    for on in [True, False] if args.amm is None else [args.amm]:
-        blocks = apply_amm(model, args, on)
-        done = list(generate(model, vae, recipe, torch.arange(len(labels)), args.per_proc_batch_size, labels=labels,
-                             progress=True))  # fmt: skip
-        images = torch.cat([batch.images for batch in done]).unflatten(0, (len(classes), args.num_variations))
-        path = folder / f"grid-{'amm-' + '-'.join(map(str, blocks)) if blocks else 'noamm'}.png"
-        with whole_file(path) as temporary:
-            Image.fromarray(grid(images).numpy()).save(temporary, format="png")
-        print(f"{path}: rows {', '.join(names[label] for label in classes)}")
+    path = folder / f"grid-{name}.png"
+    shown = [f"{label}  {', '.join(names[label][:1])}" for label in classes]
+    with whole_file(path) as temporary:
+        captioned_grid(images, shown, captions).save(temporary, format="png")
+    print(f"rows: {'; '.join(shown)}\n{path}")
     return 0
 
 

@@ -17,8 +17,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from edt.checkpoint import fingerprint_weights
-from edt.cli import add_sampling_arguments, apply_amm, exit_on_user_error, find_place, load_for_sampling
+from edt.cli import add_sampling_arguments, apply_amm, exit_on_user_error, find_place, load_for_sampling, make_recipe
 from edt.errors import UserError
+from edt.files import whole_file
+from edt.models import EDT
 from edt.npz import SampleArchive
 from edt.recipe import open_sample_folder
 from edt.sampling import Recipe, generate
@@ -36,42 +38,62 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def open_folder(args: argparse.Namespace, recipe: Recipe, model: EDT, vae_sha256: str | None, notes: dict) -> Path:
+    """The folder of these samples, named by the recipe; the whole recipe is in its recipe.json."""
+    features, blocks = notes["features"], [modulation.block for modulation in model.modulations]
+    guidance = [f"cfg-{recipe.cfg_scale}", *(["all"] if recipe.cfg_channels == "all" else []),
+                *(["t-{}-{}".format(*recipe.cfg_interval)] if recipe.cfg_interval else [])]  # fmt: skip
+    name = "-".join([
+        (args.model or notes.get("name", "EDT")).replace("/", "-"), Path(args.ckpt).stem, f"size-{features['image_size']}",
+        f"vae-{Path(features['vae']).name}", *guidance, f"seed-{recipe.seed}", recipe.solver, recipe.num_sampling_steps,
+        "amm-" + "-".join(map(str, blocks)) if blocks else "noamm",
+    ])  # fmt: skip
+    folder = Path(args.output_dir) / name
+    open_sample_folder(folder, {
+        **dataclasses.asdict(recipe), "weights": args.weights, "weights_sha256": fingerprint_weights(args.ckpt, args.weights),
+        "model": dataclasses.asdict(model.config), "vae": features["vae"], "vae_sha256": vae_sha256, "image_size": features["image_size"],
+        "amm": {"blocks": blocks, "form": model.modulations[0].form if blocks else None,
+                "radii": [modulation.radius for modulation in model.modulations]},
+    })  # fmt: skip
+    return folder
+
+
+def write_pngs(folder: Path, archive: SampleArchive, indices: range) -> None:
+    """PNGs of the images that have none yet, from the archive: asked for late or cut short, they need no drawing."""
+    absent = [index for index in indices if not (folder / f"{index:06d}.png").exists()]
+    for index, image in zip(absent, archive.read(absent), strict=True):
+        with whole_file(folder / f"{index:06d}.png", durable=False) as temporary:
+            Image.fromarray(image).save(temporary, format="png")
+
+
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     rank, world_size, device = find_place()
-    recipe = Recipe(args.global_seed, args.num_sampling_steps, args.solver, args.cfg_scale, args.precision, args.labels)
+    recipe = make_recipe(args, args.global_seed, args.labels)
     if args.num_images < 1 or args.per_proc_batch_size < 1:
         raise UserError("--num-images and --per-proc-batch-size must be 1 or more")
     model, vae, notes = load_for_sampling(args, device)
-    blocks = apply_amm(model, args, on=args.amm or (args.amm is None and args.amm_blocks is not None))
+    explicit = any(value is not None for value in (args.amm_blocks, args.amm_form, args.amm_radius))
+    apply_amm(model, args, on=explicit if args.amm is None else args.amm)
     recipe.labels_of(torch.arange(1), model.num_classes)
     size = notes["features"]["image_size"]
-    name = f"{(args.model or notes.get('name', 'EDT')).replace('/', '-')}-{Path(args.ckpt).stem}-size-{size}-" \
-           f"vae-{Path(notes['features']['vae']).name}-cfg-{args.cfg_scale}-seed-{args.global_seed}-" \
-           f"{recipe.solver}-{recipe.num_sampling_steps}-" \
-           f"{'amm-' + '-'.join(map(str, blocks)) if blocks else 'noamm'}"  # fmt: skip
-    folder = Path(args.output_dir) / name
-    open_sample_folder(folder, {
-        **dataclasses.asdict(recipe), "weights": args.weights, "weights_sha256": fingerprint_weights(args.ckpt, args.weights),
-        "model": dataclasses.asdict(model.config), "vae": notes["features"]["vae"], "image_size": size,
-        "amm": {"blocks": blocks, "form": args.amm_form, "radius": args.amm_radius},
-    })  # fmt: skip
+    folder = open_folder(args, recipe, model, vae.sha256, notes)
 
     archive = SampleArchive(folder, (args.num_images, size, size, 3))
     archive.open()
-    mine = archive.missing()
-    mine = torch.from_numpy(mine[mine % world_size == rank])
-    with tqdm(total=len(mine), unit="image", disable=rank > 0) as bar:
+    missing = archive.missing()
+    mine = torch.from_numpy(missing[missing % world_size == rank])
+    done = args.num_images - len(missing)
+    with tqdm(initial=done, total=args.num_images, unit="images", disable=rank > 0) as bar:
         for batch in generate(model, vae, recipe, mine, args.per_proc_batch_size):
             archive.write(batch.indices.numpy(), batch.images.numpy())
-            if args.png:
-                for index, image in zip(batch.indices.tolist(), batch.images.numpy(), strict=True):
-                    Image.fromarray(image).save(folder / f"{index:06d}.png")
-            bar.update(len(batch.indices))
+            bar.update(args.num_images - len(archive.missing()) - bar.n)  # those of the other processes too
+    if args.png:
+        write_pngs(folder, archive, range(rank, args.num_images, world_size))
     if archive.finish():
-        labels = recipe.labels_of(torch.arange(args.num_images), model.num_classes)
-        np.save(folder / "labels.npy", labels.numpy())
+        with whole_file(folder / "labels.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, recipe.labels_of(torch.arange(args.num_images), model.num_classes).numpy())
         print(archive.path, flush=True)
     return 0
 

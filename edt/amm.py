@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from edt.errors import UserError
+
 FORMS = ("256", "512")
 
 
@@ -22,6 +24,19 @@ class Placement(NamedTuple):
     at_512: tuple[int, ...] | None = None  # 512-pixel models, any scale; None: as at 256 pixels
 
 
+class Modulation(NamedTuple):
+    """What acts on one block, nothing left to a default."""
+
+    block: int  # 0-based
+    form: str
+    radius: float  # tokens of the block's grid
+
+
+def paper_radius(grid: int) -> float:
+    """The paper's best radius on ``grid`` x ``grid`` tokens, in tokens."""
+    return math.sqrt((grid - 1) ** 2 + 4)
+
+
 def modulation_matrix(grid: int, form: str = "256", radius: float | None = None) -> torch.Tensor:
     """Modulation of every pair of tokens on a ``grid`` x ``grid`` map.
 
@@ -31,25 +46,26 @@ def modulation_matrix(grid: int, form: str = "256", radius: float | None = None)
     Args:
         grid: tokens per side. A single token gives a matrix of ones.
         form: "256" (the paper's) or "512" (the release's, for 512-pixel images).
-        radius: R in tokens; None is the paper's best, sqrt((grid - 1)^2 + 4).
+        radius: R in tokens; None is :func:`paper_radius`.
 
     Returns:
         (grid^2, grid^2) float32, symmetric.
 
     Raises:
-        ValueError: unknown form, or a radius below 0.
+        UserError: unknown form, or a radius below 0 or not finite.
     """
     if form not in FORMS:
-        raise ValueError(f"unknown AMM form {form!r}; choose one of {', '.join(FORMS)}")
-    if radius is not None and not radius >= 0:
-        raise ValueError(f"AMM radius must be 0 or more, got {radius}")
+        raise UserError(f"unknown AMM form {form!r}; choose one of {', '.join(FORMS)}")
+    radius = paper_radius(grid) if radius is None else radius
+    if not 0 <= radius < math.inf:
+        raise UserError(f"AMM radius must be a number of tokens, 0 or more, got {radius}")
     if grid == 1:
         return torch.ones(1, 1)
     row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     row, column = row.flatten(), column.flatten()
     squared = (row[:, None] - row).square() + (column[:, None] - column).square()
     # Compared as integers: distances that equal the radius exist, and are inside.
-    limit = (grid - 1) ** 2 + 4 if radius is None else math.floor(radius * radius + 1e-6)
+    limit = math.floor(radius * radius + 1e-6)
     phase = 2 * math.pi * squared.double().sqrt() / (4 * (grid - 1) * math.sqrt(2))
     gain = 0.5 * phase.cos().exp() if form == "256" else 1.3 * phase.cos()
     return gain.masked_fill(squared > limit, 0.0).float()

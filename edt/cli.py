@@ -19,6 +19,7 @@ from edt.checkpoint import load_model
 from edt.errors import UserError
 from edt.models import EDT, EDT_models
 from edt.precision import PRECISIONS
+from edt.sampling import CFG_CHANNELS, SOLVERS, Recipe
 from edt.vae import LatentVAE, PixelVAE, load_vae
 
 
@@ -92,8 +93,10 @@ def find_place() -> Place:
     return Place(rank, world_size, torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu"))
 
 
-def add_sampling_arguments(p: argparse.ArgumentParser, *, cfg_scale: float) -> None:
-    """What both image generators take."""
+def add_sampling_arguments(
+    p: argparse.ArgumentParser, *, cfg_scale: float, amm: Callable = true_or_false, amm_values: str = "True|False"
+) -> None:
+    """What both image generators take. ``amm`` reads the value of --amm."""
     p.add_argument("--ckpt", required=True, help="checkpoint folder, run folder, .safetensors, or a .pt of the release")
     p.add_argument("--weights", choices=["ema", "model"], default="ema", help="which weights of the checkpoint")
     p.add_argument("--model", metavar="NAME", help=f"what the checkpoint must be; one of {', '.join(EDT_models)}")
@@ -103,15 +106,34 @@ def add_sampling_arguments(p: argparse.ArgumentParser, *, cfg_scale: float) -> N
         "--vae", help="ema, mse, a folder, a hub id, or pixels; default: what the checkpoint was trained on, else ema"
     )
     p.add_argument("--cfg-scale", type=float, default=cfg_scale, help="1: no guidance")
-    p.add_argument("--num-sampling-steps", default="250", help="250, ddim50, or sections like 10,15,25")
-    p.add_argument("--solver", choices=["ddpm", "ddim"], default="ddpm")
+    p.add_argument(
+        "--cfg-channels", choices=CFG_CHANNELS, default="3", help="noise channels guided: the release's 3 of 4, or all"
+    )
+    p.add_argument(
+        "--cfg-interval", type=int, nargs=2, metavar=("LO", "HI"),
+        help="guide at timesteps LO to HI only, of the 1000-step process: 0 is clean, 999 noise",
+    )  # fmt: skip
+    p.add_argument("--num-sampling-steps", default="250", help="250; with ddpm and ddim also ddim50, or sections like 10,15,25")
+    p.add_argument("--solver", choices=SOLVERS, default="ddpm", help="ddpm: the release's; dpm++ and unipc for few steps")
     p.add_argument("--precision", choices=PRECISIONS, default="tf32")
     g = p.add_argument_group("Attention Modulation Matrix")
-    g.add_argument("--amm", nargs="?", const=True, type=true_or_false, metavar="True|False")
+    g.add_argument("--amm", nargs="?", const=True, type=amm, metavar=amm_values)
     g.add_argument("--no-amm", dest="amm", action="store_false")
     g.add_argument("--amm-blocks", help="0-based, e.g. 7,10; default: placed by model, resolution and guidance scale")
     g.add_argument("--amm-form", choices=["256", "512"], help="default: by resolution")
     g.add_argument("--amm-radius", type=float, help="tokens; default: the paper's sqrt((N-1)^2+4)")
+
+
+def make_recipe(args: argparse.Namespace, seed: int, labels: str = "uniform") -> Recipe:
+    """The recipe that the arguments above ask for.
+
+    Raises:
+        UserError: they cannot be combined.
+    """
+    interval = tuple(args.cfg_interval) if args.cfg_interval else None
+    return Recipe(
+        seed, args.num_sampling_steps, args.solver, args.cfg_scale, args.precision, labels, args.cfg_channels, interval
+    )
 
 
 def load_for_sampling(args: argparse.Namespace, device: torch.device) -> tuple[EDT, PixelVAE | LatentVAE, dict]:

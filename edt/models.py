@@ -14,7 +14,7 @@ import torch
 from timm.layers import PatchEmbed
 from torch import nn
 
-from edt.amm import Placement, modulation_matrix
+from edt.amm import Modulation, Placement, modulation_matrix, paper_radius
 from edt.errors import UserError
 from edt.layers import (
     HEAD_DIM,
@@ -130,10 +130,14 @@ class EDT(nn.Module):
     """Efficient Diffusion Transformer: predicts noise and variance range of a noised latent.
 
     ``c`` below is the condition, timestep plus label embedding, (B, D) with D the width of stage 1.
+
+    Attributes:
+        modulations: the AMM in use, as :meth:`set_amm` left it.
     """
 
     def __init__(self, config: EDTConfig):
         super().__init__()
+        self.modulations: tuple[Modulation, ...] = ()
         self.config = config
         self.in_channels, self.num_classes = config.in_channels, config.num_classes
         grid, tie_pes = config.grid, (config.tie, config.pes)
@@ -184,7 +188,9 @@ class EDT(nn.Module):
         return self.final_layer(x, c)                                           # (B, 2C, S, S)
         # fmt: on
 
-    def forward_with_cfg(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None, cfg_scale: float) -> torch.Tensor:
+    def forward_with_cfg(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None, cfg_scale: float, *, channels: int | None = None
+    ) -> torch.Tensor:
         """Classifier-free guidance, eps_uncond + s (eps_cond - eps_uncond), on the first 3 of 4 noise channels.
 
         The release guides 3 channels of its 4; latents with another number of channels are guided in all. The
@@ -193,6 +199,7 @@ class EDT(nn.Module):
         Args:
             x, t, y: as in :meth:`forward`, one row an image.
             cfg_scale: guidance scale s.
+            channels: how many noise channels are guided, the first ones; None is as said.
 
         Returns:
             (B, 2C, S, S).
@@ -201,9 +208,10 @@ class EDT(nn.Module):
             return self(x, t, y)
         null = torch.full_like(y, self.num_classes)
         cond, uncond = self(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
-        guided = 3 if self.in_channels == 4 else self.in_channels
-        eps = uncond[:, :guided] + cfg_scale * (cond[:, :guided] - uncond[:, :guided])
-        return torch.cat([eps, cond[:, guided:]], dim=1)
+        if channels is None:
+            channels = 3 if self.in_channels == 4 else self.in_channels
+        eps = uncond[:, :channels] + cfg_scale * (cond[:, :channels] - uncond[:, :channels])
+        return torch.cat([eps, cond[:, channels:]], dim=1)
 
     def set_amm(
         self,
@@ -237,11 +245,12 @@ class EDT(nn.Module):
         wrong = [i for i in blocks if not 0 <= i < len(self.blocks)]
         if wrong:
             raise UserError(f"AMM block {wrong[0]} does not exist; the model has blocks 0 to {len(self.blocks) - 1}")
+        biases = [block.attn.rel_pos_bias for block in self.blocks]
+        radii = {i: paper_radius(biases[i].grid) if radius is None else radius for i in blocks}
+        matrices = {i: modulation_matrix(biases[i].grid, form, radii[i]) for i in blocks}
         for i, block in enumerate(self.blocks):
-            bias = block.attn.rel_pos_bias
-            block.attn.modulation = None
-            if i in blocks:
-                block.attn.modulation = modulation_matrix(bias.grid, form, radius).to(bias.relative_position_bias_table)
+            block.attn.modulation = matrices[i].to(biases[i].relative_position_bias_table) if i in matrices else None
+        self.modulations = tuple(Modulation(i, form, radii[i]) for i in blocks)
         return tuple(blocks)
 
     def _auto_blocks(self, cfg_scale: float, at_512: bool) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 The file is the final .npz from the start - room for the zip header, the .npy header, then the images - so 50,000
 images are written once, wherever they are drawn, and finishing it takes one pass for the checksum. Beside it, until
-then, a byte for each image says which are done.
+then, a byte for each image says which are done. Written with pwrite, not mapped: mapped pages count as the process's memory.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,12 @@ def _central_directory(size: int, crc: int, offset: int) -> bytes:
     return entry + end64 + locator + end
 
 
+def _pwrite(file: io.FileIO, data: bytes, offset: int) -> None:
+    while data:  # a write up to a limit or a full disk's last block is short; the next one raises
+        written = os.pwrite(file.fileno(), data, offset)
+        data, offset = data[written:], offset + written
+
+
 class SampleArchive:
     """``samples_{N}x{H}x{W}x3.npz`` in a folder, written image by image.
 
@@ -70,7 +76,8 @@ class SampleArchive:
         self._npy_header = _npy_header(shape)
         self._npy_offset = len(_local_header(0, 0))
         self._image_offset = self._npy_offset + len(self._npy_header)
-        self._end = self._image_offset + int(np.prod(shape, dtype=np.int64))
+        self._image_bytes = int(np.prod(shape[1:]))
+        self._end = self._image_offset + shape[0] * self._image_bytes
 
     @property
     def finished(self) -> bool:
@@ -90,41 +97,53 @@ class SampleArchive:
         """
         with self._locked():
             if not self.finished and not self._done_file.exists():
-                try:
-                    with open(self._partial, "wb") as file:
-                        os.posix_fallocate(file.fileno(), 0, self._end)
-                        file.seek(self._npy_offset)
-                        file.write(self._npy_header)
-                    with open(self._done_file, "wb") as file:
-                        file.write(bytes(self.shape[0]))
-                except OSError as error:
-                    self._partial.unlink(missing_ok=True)
-                    self._done_file.unlink(missing_ok=True)
-                    raise UserError(
-                        f"{self.shape[0]} images need {self._end / 2**30:.2f} GiB in {self.path.parent} ({error.strerror}); "
-                        "free some, or give another --output-dir"
-                    ) from None
-        if not self.finished:
-            self._images = np.memmap(self._partial, np.uint8, "r+", self._image_offset, self.shape)
-            self._done = np.memmap(self._done_file, np.uint8, "r+", 0, self.shape[:1])
+                self._make_room()
+            # Kept open: another process may finish the file, rename it and remove the bytes, under this one's hands.
+            self._file = open(self.path if self.finished else self._partial, "rb" if self.finished else "r+b", buffering=0)
+            self._done = None if self.finished else open(self._done_file, "r+b", buffering=0)
+
+    def _make_room(self) -> None:
+        try:
+            with open(self._partial, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, self._end)
+                file.seek(self._npy_offset)
+                file.write(self._npy_header)
+            with open(self._done_file, "wb") as file:
+                file.write(bytes(self.shape[0]))
+        except OSError as error:
+            self._partial.unlink(missing_ok=True)
+            self._done_file.unlink(missing_ok=True)
+            raise UserError(
+                f"{self.shape[0]} images need {self._end / 2**30:.2f} GiB in {self.path.parent} ({error.strerror}); "
+                "free some, or give another --output-dir"
+            ) from None
 
     def missing(self) -> np.ndarray:
         """Indices of the images not yet written, (n,) int64."""
-        return np.empty(0, np.int64) if self.finished else np.flatnonzero(self._done == 0)
+        done = os.pread(self._done.fileno(), self.shape[0], 0) if self._done else b""
+        return np.flatnonzero(np.frombuffer(done, np.uint8) == 0)
 
     def write(self, indices: np.ndarray, images: np.ndarray) -> None:
         """Store images (n, H, W, 3) uint8."""
-        self._images[indices] = images
-        self._done[indices] = 1  # after the image: a kill between the two draws it again
+        for index, image in zip(indices.tolist(), images, strict=True):
+            _pwrite(self._file, image.tobytes(), self._image_offset + index * self._image_bytes)
+        os.fdatasync(self._file.fileno())
+        for index in indices.tolist():  # after the images: what a kill or a power cut leaves marked is there
+            _pwrite(self._done, b"\1", index)
+
+    def read(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
+        """Images that are written, (H, W, 3) uint8 each."""
+        for index in indices:
+            image = os.pread(self._file.fileno(), self._image_bytes, self._image_offset + index * self._image_bytes)
+            yield np.frombuffer(image, np.uint8).reshape(self.shape[1:])
 
     def finish(self) -> bool:
         """Turn the file into the .npz if this process is the last to finish; True if the .npz is there."""
         with self._locked():
             if self.finished:
                 return True
-            if not self._done.all():
+            if self.missing().size:
                 return False
-            self._images.flush()
             with open(self._partial, "r+b") as file:
                 file.seek(self._npy_offset)
                 crc, left = 0, self._end - self._npy_offset

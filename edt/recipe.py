@@ -9,7 +9,7 @@ import torch
 
 import edt
 from edt.errors import UserError
-from edt.files import read_json, write_json
+from edt.files import differences, read_json, write_json
 
 SIDECAR = "recipe.json"
 
@@ -24,10 +24,9 @@ def open_sample_folder(folder: Path, recipe: dict) -> None:
     sidecar = folder / SIDECAR
     if sidecar.exists():
         found = read_json(sidecar)
-        differing = [name for name in recipe if found.get(name) != recipe[name]]
+        differing = differences({name: found.get(name) for name in recipe}, recipe)  # other versions may continue
         if differing:
-            shown = ", ".join(f"{name} {found.get(name)} there, {recipe[name]} here" for name in differing)
-            raise UserError(f"{folder} holds samples of another recipe ({shown}); give another --output-dir")
+            raise UserError(f"{folder} holds samples of another recipe ({differing}); give another --output-dir")
         return
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "edt": edt.__version__, "torch": torch.__version__,

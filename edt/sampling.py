@@ -1,20 +1,22 @@
 """Images from a model: image i depends on (weights, recipe, i) only, whatever batch or process it is drawn in."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
-from edt.diffusion import create_diffusion
+from edt.diffusion import FEW_STEP_SOLVERS, FewStepSolver, create_diffusion, parse_steps
 from edt.errors import UserError
 from edt.models import EDT
 from edt.precision import allow_tf32
 from edt.randomness import integers, normal
 from edt.vae import LatentVAE, PixelVAE, to_uint8
 
-SOLVERS = ("ddpm", "ddim")
+SOLVERS = ("ddpm", "ddim", *FEW_STEP_SOLVERS)
+CFG_CHANNELS = ("3", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +31,30 @@ class Recipe:
     """As in edt.train.TrainConfig; the state of the sampler is fp32 always."""
     labels: str = "uniform"
     """"uniform" at random (the paper's way), "balanced", or class indices separated by commas."""
+    cfg_channels: str = "3"
+    """Noise channels that are guided: the first "3" of 4 as in the release (of other latents all), or "all"."""
+    cfg_interval: tuple[int, int] | None = None
+    """Guide where lo <= t <= hi only (Kynkäänniemi et al., 2024), t of the 1000-step process; None: everywhere."""
 
     def __post_init__(self):
         if not self.cfg_scale >= 1 or not math.isfinite(self.cfg_scale):
             raise UserError(f"--cfg-scale must be 1 (no guidance) or more, got {self.cfg_scale}")
         if self.solver not in SOLVERS:
             raise UserError(f"unknown solver {self.solver!r}; choose one of {', '.join(SOLVERS)}")
-        create_diffusion(self.num_sampling_steps)  # refuses what cannot be
+        if self.cfg_channels not in CFG_CHANNELS:
+            raise UserError(f"unknown --cfg-channels {self.cfg_channels!r}; choose one of {', '.join(CFG_CHANNELS)}")
+        low, high = self.cfg_interval or (0, 999)
+        if not 0 <= low <= high <= 999:
+            raise UserError(f"--cfg-interval {low} {high} is none; give two timesteps LO <= HI from 0 (clean) to 999 (noise)")
+        if self.solver in FEW_STEP_SOLVERS:
+            parse_steps(self.solver, self.num_sampling_steps)
+        else:
+            create_diffusion(self.num_sampling_steps)  # refuses what cannot be
+
+    def scale_at(self, timestep: int) -> float:
+        """Guidance scale at a timestep of the 1000-step process."""
+        low, high = self.cfg_interval or (0, 999)
+        return self.cfg_scale if low <= timestep <= high else 1.0
 
     def labels_of(self, indices: torch.Tensor, num_classes: int) -> torch.Tensor:
         """Labels of images, (n,) int64.
@@ -83,12 +102,24 @@ def sample_latents(
         """The noise of loop step i = 1, 2, ...; 0 is what the loop starts from."""
         return normal(recipe.seed, "noise", i, indices, shape, device)
 
-    diffusion = create_diffusion(recipe.num_sampling_steps)
-    loop = diffusion.p_sample_loop if recipe.solver == "ddpm" else diffusion.ddim_sample_loop
-    kwargs = {"y": labels.to(device), "cfg_scale": recipe.cfg_scale}
+    if recipe.solver in FEW_STEP_SOLVERS:
+        solver = FewStepSolver(recipe.solver, recipe.num_sampling_steps)
+        timesteps, loop = solver.timesteps, solver.sample_loop
+    else:
+        diffusion = create_diffusion(recipe.num_sampling_steps)
+        timesteps = diffusion.timestep_map[::-1]
+        loop = diffusion.p_sample_loop if recipe.solver == "ddpm" else diffusion.ddim_sample_loop
+        loop = functools.partial(loop, noise_at=noise_at)
+    # Every loop calls the model once a timestep, in order: the host knows t without asking the device for it.
+    scales = iter([recipe.scale_at(timestep) for timestep in timesteps])
+    channels = model.in_channels if recipe.cfg_channels == "all" else None
+
+    def guided(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return model.forward_with_cfg(x, t, y, next(scales), channels=channels)
+
     allow_tf32(recipe.precision)
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        return loop(model.forward_with_cfg, noise_at(0), kwargs, noise_at=noise_at, progress=progress)
+        return loop(guided, noise_at(0), {"y": labels.to(device)}, progress=progress)
 
 
 @torch.no_grad()

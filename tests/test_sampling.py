@@ -99,6 +99,7 @@ def test_archive_is_an_npz_whoever_fills_it(tmp_path):
     first.write(np.arange(0, 23, 2), images[::2])
     assert not first.finish() and not first.path.exists()
     assert second.missing().tolist() == list(range(1, 23, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(second.read([4, 0]), images[[4, 0]], strict=True))
     second.write(np.arange(1, 23, 2), images[1::2])
     assert second.finish() and first.finish()
     assert first.path.name == "samples_23x4x5x3.npz"
@@ -111,6 +112,7 @@ def test_archive_is_an_npz_whoever_fills_it(tmp_path):
     again = SampleArchive(tmp_path, shape)
     again.open()
     assert again.missing().size == 0 and again.finish()
+    assert np.array_equal(next(again.read([22])), images[22])
 
 
 @pytest.mark.slow
@@ -119,7 +121,7 @@ def test_archive_of_more_than_four_gib(tmp_path):
     archive = SampleArchive(tmp_path, shape)
     archive.open()
     archive.write(np.array([29_999]), np.full((1, 256, 200, 3), 7, np.uint8))
-    archive._done[:] = 1
+    archive._done_file.write_bytes(bytes([1]) * 30_000)
     assert archive.finish()
     with zipfile.ZipFile(archive.path) as file, file.open("arr_0.npy") as member:
         assert member._orig_file_size == archive._end - archive._npy_offset > 1 << 32

@@ -91,12 +91,19 @@ def test_sampling(launcher, trained, tmp_path, capsys):
 
 
 def test_class_images(trained, tmp_path):
-    done = run_script(sys.executable, "image_generator.py", "--ckpt", trained, "--num-sampling-steps", 2, "--classes", 2, 0,
+    done = run_script(sys.executable, "image_generator.py", "--ckpt", trained, "--num-sampling-steps", 2, "--classes", "Cat", 0,
                       "--num-variations", 3, "--output-dir", tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    on, off = (np.asarray(Image.open(tmp_path / "seed1-cfg4.0" / f"grid-{name}.png")) for name in ("amm-4", "noamm"))
-    assert on.shape == off.shape == (2 * 18 + 2, 3 * 18 + 2, 3)
-    assert not np.array_equal(on, off) and "rows cat, ant" in done.stdout
+    path = Path(done.stdout.strip().splitlines()[-1])
+    assert path == tmp_path / "seed1-cfg4.0" / "grid-amm-4-and-without.png" and "rows: 2  cat; 0  ant" in done.stdout
+    picture = np.asarray(Image.open(path)).astype(int)
+    assert picture.shape == (20 + 2 * (20 + 132), 9 * 130 + 2, 3)
+    rows = [picture[top : top + 128, 2:] for top in (42, 42 + 152)]
+    images = np.stack([[row[:, 130 * i : 130 * i + 128] for i in range(9)] for row in rows])[:, :, ::8, ::8]
+    on, off, difference = (images[:, i::3] for i in range(3))
+    assert np.abs(on - off).max() > 10 and len(np.unique(on.reshape(6, -1), axis=0)) == 6
+    assert np.array_equal(difference, 128 + (on - off) // 2)
+    assert (picture[:20] < 128).any() and (picture[20:40] < 128).any()  # captions
 
 
 @pytest.mark.parametrize(
@@ -136,7 +143,13 @@ def test_training_choices(choice, features, run_folder, tmp_path):
         (("--amm", "true"), "amm-4-6"),
         (("--amm", "--cfg-scale", "2"), "amm-4"),
         (("--amm-blocks", "3,5", "--amm-form", "512", "--amm-radius", "2.5"), "amm-3-5"),
+        (("--amm-radius", "2"), "amm-4-6"),
         (("--solver", "ddim"), "noamm"),
+        (("--solver", "dpm++", "--precision", "bf16"), "dpm++-3-noamm"),
+        (
+            ("--solver", "unipc", "--cfg-channels", "all", "--cfg-interval", "100", "700"),
+            "cfg-1.5-all-t-100-700-seed-42-unipc-3-noamm",
+        ),
         (("--num-sampling-steps", "ddim5", "--precision", "bf16"), "noamm"),
         (("--num-sampling-steps", "2,1", "--precision", "fp32", "--weights", "model"), "noamm"),
         (("--labels", "balanced", "--png", "--global-seed", "7"), "noamm"),
@@ -158,11 +171,22 @@ def test_sampling_choices(choice, folder, run_folder, tmp_path, capsys):
     assert len(list(path.parent.glob("*.png"))) == (7 if "--png" in choice else 0)
 
 
-@pytest.mark.parametrize("choice", [("--amm",), ("--no-amm",), ("--amm", "True"), ("--amm-blocks", "0")], ids=" ".join)
-def test_class_image_choices(choice, run_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("choice", "name"),
+    [
+        (("--amm",), "amm-4"),
+        (("--no-amm",), "noamm"),
+        (("--amm", "True"), "amm-4"),
+        (("--amm", "both"), "amm-4-and-without"),
+        (("--amm-blocks", "0"), "amm-0-and-without"),
+        (("--classes", "bee", "--solver", "unipc", "--cfg-channels", "all", "--cfg-interval", "0", "500"), "amm-4-and-without"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
+def test_class_image_choices(choice, name, run_folder, tmp_path):
     image_generator.main(["--ckpt", str(run_folder), "--num-sampling-steps", "2", "--num-variations", "1", "--output-dir",
                           str(tmp_path), *choice])  # fmt: skip
-    assert len(list(tmp_path.rglob("*.png"))) == (2 if "--amm-blocks" in choice else 1)
+    assert [path.name for path in tmp_path.rglob("*.png")] == [f"grid-{name}.png"]
 
 
 def test_the_same_command_continues_and_ends_where_an_uninterrupted_run_does(features, tmp_path):
@@ -242,7 +266,7 @@ def test_sampling_again_draws_only_what_is_missing(trained, tmp_path, capsys, mo
 def test_a_folder_of_another_recipe_is_refused(run_folder, tmp_path, capsys):
     argv = ["--ckpt", str(run_folder), *SAMPLE, "--output-dir", str(tmp_path)]
     image_generator_ddp.main(argv)
-    assert "labels uniform there, balanced here" in fails(image_generator_ddp.main, [*argv, "--labels", "balanced"], capsys)
+    assert "labels: uniform -> balanced" in fails(image_generator_ddp.main, [*argv, "--labels", "balanced"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +322,13 @@ def test_wrong_training_arguments_are_named(more, message, features, tmp_path, c
         (image_generator_ddp.main, ["--model", "EDT-Tiny/2_noAMM", "--amm"], "--amm-blocks"),
         (image_generator_ddp.main, ["--vae", "./absent"], "cannot load the VAE ./absent"),
         (image_generator_ddp.main, ["--num-images", 10**13], "GiB"),
+        (image_generator_ddp.main, ["--amm", "--amm-radius", "-1"], "AMM radius"),
+        (image_generator_ddp.main, ["--solver", "dpm++", "--num-sampling-steps", "10,15,25"], "plain number"),
+        (image_generator_ddp.main, ["--cfg-interval", 700, 100], "--cfg-interval"),
+        (image_generator.main, ["--solver", "unipc", "--num-sampling-steps", "1001"], "1 to 999"),
         (image_generator.main, ["--classes", "0", "-1"], "class -1 is outside"),
+        (image_generator.main, ["--classes", "3"], "class 3 is outside"),
+        (image_generator.main, ["--classes", "bees"], "did you mean bee?"),
         (image_generator.main, ["--num-variations", 0], "--num-variations"),
     ],
 )

@@ -2,15 +2,19 @@
 
 from edt.diffusion.gaussian import GaussianDiffusion
 from edt.diffusion.schedule import linear_betas, respaced_timesteps
+from edt.diffusion.solvers import FEW_STEP_SOLVERS, FewStepSolver, parse_steps
 from edt.diffusion.timesteps import LossSecondMomentSampler, UniformSampler, create_timestep_sampler
 
 __all__ = [
+    "FEW_STEP_SOLVERS",
+    "FewStepSolver",
     "GaussianDiffusion",
     "LossSecondMomentSampler",
     "UniformSampler",
     "create_diffusion",
     "create_timestep_sampler",
     "linear_betas",
+    "parse_steps",
     "respaced_timesteps",
 ]
 

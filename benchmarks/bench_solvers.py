@@ -1,0 +1,110 @@
+"""How good images are after few steps: Fréchet distance and class accuracy against sampling steps, for every solver.
+
+    make demo
+    python benchmarks/bench_solvers.py --ckpt runs/demo/run --images runs/demo/images --num-images 500
+
+For small images and a model trained on a folder of them: the distance is that of the pixels to the training images, and
+the classifier is a support vector machine fitted on these. Writes solvers.json and solvers.png.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.svm import SVC
+from tqdm.auto import tqdm
+
+from edt.checkpoint import fingerprint_weights
+from edt.cli import exit_on_user_error, find_place, load_for_sampling
+from edt.files import write_json
+from edt.images import center_crop, open_image_folder
+from edt.metrics.frechet import StreamingMoments, frechet_distance
+from edt.precision import PRECISIONS
+from edt.sampling import SOLVERS, Recipe, generate
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", default="runs/demo/run")
+    p.add_argument("--images", type=Path, default=Path("runs/demo/images"), help="with sub-folders train and test")
+    p.add_argument("--num-images", type=int, default=500, help="drawn for each solver and number of steps")
+    p.add_argument("--solvers", nargs="+", choices=SOLVERS, default=SOLVERS)
+    p.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50, 250])
+    p.add_argument("--cfg-scale", type=float, default=1.5)
+    p.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    p.add_argument("--batch-size", type=int, default=250)
+    p.add_argument("--output-dir", type=Path, default=Path("runs/demo/solvers"))
+    p.set_defaults(weights="ema", model=None, num_classes=None, vae=None, image_size=None)  # as the checkpoint says
+    return p
+
+
+def real_images(folder: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, size * size * 3) in [0, 1] and labels (n,) of an image folder."""
+    pairs = [(np.asarray(center_crop(image, size)), label) for image, label in open_image_folder(folder)]
+    images, labels = (np.stack(part) for part in zip(*pairs, strict=True))
+    return flat(images), labels
+
+
+def flat(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1) / 255
+
+
+def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    streaming = StreamingMoments(images.shape[1])
+    streaming.update(images)
+    return streaming.moments()
+
+
+def plot(rows: list[dict], real: dict, picture: Path) -> None:
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for panel, score, title in zip(axes, ("frechet_distance", "class_accuracy"), ("pixel-space Fréchet distance", "class accuracy"),
+                                   strict=True):  # fmt: skip
+        for solver in dict.fromkeys(row["solver"] for row in rows):
+            of_solver = [row for row in rows if row["solver"] == solver]
+            panel.plot([row["steps"] for row in of_solver], [row[score] for row in of_solver], "o-", label=solver)
+        panel.axhline(real[score], color="grey", linestyle="--", label="held-back real images")
+        panel.set(xlabel="sampling steps (model calls)", xscale="log", title=title)
+        panel.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[1].legend()
+    figure.savefig(picture, dpi=120)
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    model, vae, notes = load_for_sampling(args, find_place().device)
+    size = notes["features"]["image_size"]
+    (train, train_labels), (test, test_labels) = (real_images(args.images / split, size) for split in ("train", "test"))
+    classifier, reference = SVC().fit(train, train_labels), moments(train)
+    real = {"frechet_distance": frechet_distance(*reference, *moments(test)),
+            "class_accuracy": float(classifier.score(test, test_labels)), "count": len(test)}  # fmt: skip
+    rows = []
+    for solver, steps in tqdm([(solver, steps) for solver in args.solvers for steps in args.steps], unit="settings"):
+        recipe = Recipe(0, str(steps), solver, args.cfg_scale, args.precision, labels="balanced")
+        start = time.perf_counter()
+        batches = list(generate(model, vae, recipe, torch.arange(args.num_images), args.batch_size))
+        seconds = time.perf_counter() - start
+        images = flat(torch.cat([batch.images for batch in batches]).numpy())
+        labels = torch.cat([batch.labels for batch in batches]).numpy()
+        rows.append({"solver": solver, "steps": steps, "frechet_distance": frechet_distance(*reference, *moments(images)),
+                     "class_accuracy": float(classifier.score(images, labels)), "seconds": round(seconds, 1)})  # fmt: skip
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    about = {"weights_sha256": fingerprint_weights(args.ckpt), "num_images": args.num_images, "cfg_scale": args.cfg_scale,
+             "precision": args.precision, "seed": 0, "labels": "balanced"}  # fmt: skip
+    write_json(args.output_dir / "solvers.json", {**about, "held_back_real_images": real, "rows": rows})
+    plot(rows, real, args.output_dir / "solvers.png")
+    print("solver   steps  distance  in class")
+    for row in rows:
+        print(f"{row['solver']:8} {row['steps']:5} {row['frechet_distance']:9.3f} {row['class_accuracy']:9.1%}")
+    print(args.output_dir / "solvers.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
