@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test test-all lint clean
+.PHONY: install demo test test-all lint check-adm clean
 
 # One installation for the demo and the tests; repeated when pyproject.toml changes.
 install: $(VENV)/.installed
@@ -28,6 +28,10 @@ $(VENV)/.installed-tf: $(VENV)/.installed
 
 test-all: $(VENV)/.installed-tf lint
 	$(BIN)/python -m pytest -q
+
+# OpenAI's published line for its own samples; EDT_ADM_FILES names the folder of the files (docs/evaluation.md).
+check-adm: install
+	$(BIN)/python -m pytest tests/test_evaluator_published.py -rs
 
 clean:
 	rm -rf runs/demo

@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,14 +19,14 @@ import torch
 
 from edt.cli import exit_on_user_error
 from edt.errors import UserError
+from edt.files import whole_file
 from edt.images import center_crop
 from edt.metrics import SCORE_LINES, Source, check_comparable, create_extractor, evaluate, make_reference, open_source
 from edt.metrics.extractors import BACKENDS, FEATURES
-from edt.metrics.files import replacing
 from edt.metrics.inception_weights import load_weights, save_weights
 
 
-def score(argv: list[str]) -> None:
+def score_parser() -> argparse.ArgumentParser:
     parser = image_parser()
     parser.add_argument("reference", metavar="REF")
     parser.add_argument("samples", metavar="SAMPLES")
@@ -33,7 +34,10 @@ def score(argv: list[str]) -> None:
     parser.add_argument("--pr", choices=("adm", "exact"), help=pr_help)
     parser.add_argument("--cache-dir", type=Path, help="keep features here and reuse those of the same images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores and all about them here")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def score(args: argparse.Namespace) -> None:
     make_folders(args.cache_dir, args.json and args.json.parent)
 
     reference, samples = (open_images(path, args) for path in (args.reference, args.samples))
@@ -46,16 +50,19 @@ def score(argv: list[str]) -> None:
         else:
             logging.warning("%s: not computed, it needs images where only statistics are given", label)
     if args.json:
-        with replacing(args.json) as temporary:
+        with whole_file(args.json) as temporary:
             temporary.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def make_ref(argv: list[str]) -> None:
+def make_ref_parser() -> argparse.ArgumentParser:
     parser = image_parser()
     parser.add_argument("images", metavar="IMAGES")
     parser.add_argument("out", metavar="OUT.npz", type=Path)
     parser.add_argument("--num-images", type=positive, default=10_000, help="images kept for precision and recall")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def make_ref(args: argparse.Namespace) -> None:
     make_folders(args.out.parent)
     source = open_images(args.images, args)
     if source.images is None:
@@ -64,11 +71,14 @@ def make_ref(argv: list[str]) -> None:
     make_reference(source.images, extractor, args.out, args.num_images, args.batch_size, progress=True)
 
 
-def convert_inception(argv: list[str]) -> None:
+def convert_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Convert the Inception weights, for places without the .pb file.")
     parser.add_argument("graph", metavar="IN.pb", type=Path)
     parser.add_argument("out", metavar="OUT.safetensors", type=Path)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def convert_inception(args: argparse.Namespace) -> None:
     if args.out.suffix != ".safetensors":
         raise UserError(f"{args.out} must end in .safetensors, by which it is recognized")
     make_folders(args.out.parent)
@@ -107,13 +117,22 @@ def make_folders(*folders: Path | None) -> None:
             raise UserError(f"cannot write to {folder} ({error.strerror}); choose another place") from None
 
 
+COMMANDS = {"make-ref": (make_ref_parser, make_ref), "convert-inception": (convert_parser, convert_inception)}
+
+
+def parse(argv: list[str]) -> tuple[Callable, argparse.Namespace]:
+    """The function that a command line asks for, and its arguments."""
+    if argv and argv[0] in COMMANDS:
+        parser, command = COMMANDS[argv[0]]
+        return command, parser().parse_args(argv[1:])
+    return score, score_parser().parse_args(argv)
+
+
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+    command, args = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    commands = {"make-ref": make_ref, "convert-inception": convert_inception}
-    command = commands.get(argv[0]) if argv else None
-    command(argv[1:]) if command else score(argv)
+    command(args)
 
 
 if __name__ == "__main__":

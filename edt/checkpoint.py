@@ -12,7 +12,6 @@ It is written under a temporary name and renamed when whole. Nothing in it is pi
 
 import argparse
 import dataclasses
-import hashlib
 import logging
 import math
 import os
@@ -26,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from edt.errors import UserError
-from edt.files import read_json, sync, write_json
+from edt.files import file_sha256, read_json, sync, write_json
 from edt.models import EDT, EDT_models, EDTConfig
 
 logger = logging.getLogger(__name__)
@@ -62,8 +61,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], d
 
 
 def _fingerprint(file: Path) -> list:
-    with open(file, "rb") as stream:
-        return [file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+    return [file.stat().st_size, file_sha256(file)]
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -148,7 +146,7 @@ def weights_file(path: str | Path, which: str = "ema") -> Path:
 
 def fingerprint_weights(path: str | Path, which: str = "ema") -> str:
     """SHA-256 of the file that :func:`weights_file` finds."""
-    return _fingerprint(weights_file(path, which))[1]
+    return file_sha256(weights_file(path, which))
 
 
 def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, torch.Tensor], EDTConfig, dict]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import filter_trackers
 
 from edt.checkpoint import load_model
@@ -55,7 +55,10 @@ def true_or_false(text: str) -> bool:
 def make_accelerator(bf16: bool = False) -> Accelerator:
     """The process's device and its place among the others: under ``python``, ``torchrun`` or ``accelerate launch``,
     on GPUs if there are any, else on the CPU with gloo."""
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if bf16 else "no")
+    # Every process makes the same position tables: none need be sent.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    precision = "bf16" if bf16 else "no"
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision, kwargs_handlers=[ddp])
 
 
 def from_arguments(config: type, args: argparse.Namespace):

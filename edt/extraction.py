@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_tensor
 
 from edt.errors import UserError
 from edt.features import FEATURES, LABELS, MANIFEST, sample_posterior
-from edt.files import claim, read_json, whole_file, write_json
+from edt.files import claim, file_sha256, read_json, whole_file, write_json
 from edt.images import center_crop, open_image_folder
 from edt.randomness import integers, normal
 from edt.vae import LatentVAE, PixelVAE, latent_shape
@@ -126,7 +126,7 @@ class Extraction:
         manifest = read_json(self.path / MANIFEST) if (self.path / MANIFEST).exists() else {}
         shards = manifest.get("shards", [])
         files = [(self.path / shard["file"], shard["sha256"]) for shard in shards[self.share.start :: self.share.step]]
-        damaged = [file for file, sha256 in files if not file.exists() or _sha256(file) != sha256]
+        damaged = [file for file, sha256 in files if not file.exists() or file_sha256(file) != sha256]
         for file in damaged:
             file.unlink(missing_ok=True)
         if damaged or (shards and not (self.path / "labels.npy").exists()):
@@ -169,12 +169,7 @@ class Extraction:
                 with whole_file(self.path / "labels.npy") as temporary, open(temporary, "wb") as stream:
                     np.save(stream, self.images.labels)
                 manifest["shards"] = [
-                    {"file": file.name, "start": unit.start, "count": len(unit), "sha256": _sha256(file)}
+                    {"file": file.name, "start": unit.start, "count": len(unit), "sha256": file_sha256(file)}
                     for unit, file in ((unit, self._files(i)[0]) for i, unit in enumerate(self.units))
                 ]
             write_json(self.path / MANIFEST, manifest)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,6 +1,7 @@
 """Files that appear under their final name only when whole."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -33,6 +34,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: str | Path, value: object) -> None:

@@ -65,8 +65,8 @@ class Trainer:
 
     def __init__(self, model: EDT, config: TrainConfig, accelerator: Accelerator, micro_batch_size: int | None = None):
         """Args:
-        micro_batch_size: images a process puts through the network at once; None is all of its share. The update is
-            that of the whole batch.
+        micro_batch_size: images a process puts through the network at once; None, or the release's -1, is all of its
+            share. The update is that of the whole batch.
 
         Raises:
             UserError: the global batch does not divide over the processes.
@@ -77,7 +77,7 @@ class Trainer:
         self.config, self.accelerator = config, accelerator
         self.local_batch = config.global_batch_size // world
         self.rows = slice(accelerator.process_index * self.local_batch, (accelerator.process_index + 1) * self.local_batch)
-        self.micro_batch = min(micro_batch_size or self.local_batch, self.local_batch)
+        self.micro_batch = self.local_batch if (micro_batch_size or 0) < 1 else min(micro_batch_size, self.local_batch)
         allow_tf32(config.precision)
         self.model = model.to(accelerator.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)

@@ -111,7 +111,7 @@ def test_two_processes_killed_continue_bit_for_bit(features, tmp_path):
 @pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
 def test_one_process_and_two_see_the_same(sampler, features, tmp_path):
     """Losses over 20 steps to 1e-5, and the sampler's history in global order."""
-    flags = ("--schedule-sampler", sampler, "--global-batch-size", 8, "--init-lr", 1e-4)
+    flags = ("--schedule-sampler", sampler, "--global-batch-size", 8)
     train(features, tmp_path / "one", 1, *flags)
     if sampler == "loss-second-moment":
         warm_up(tmp_path / "one")

@@ -146,7 +146,10 @@ def test_training_choices(choice, features, run_folder, tmp_path):
         (("--amm-radius", "2"), "amm-4-6"),
         (("--solver", "ddim"), "noamm"),
         (("--solver", "dpm++", "--precision", "bf16"), "dpm++-3-noamm"),
-        (("--solver", "unipc", "--cfg-channels", "all", "--cfg-interval", "100", "700"), "cfg-1.5-all-t-100-700-seed-42-unipc-3-noamm"),
+        (
+            ("--solver", "unipc", "--cfg-channels", "all", "--cfg-interval", "100", "700"),
+            "cfg-1.5-all-t-100-700-seed-42-unipc-3-noamm",
+        ),
         (("--num-sampling-steps", "ddim5", "--precision", "bf16"), "noamm"),
         (("--num-sampling-steps", "2,1", "--precision", "fp32", "--weights", "model"), "noamm"),
         (("--labels", "balanced", "--png", "--global-seed", "7"), "noamm"),

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from edt.errors import UserError
-from edt.metrics.files import file_sha256
+from edt.files import file_sha256
 
 Crop = Callable[[Image.Image], Image.Image]
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from edt.errors import UserError
-from edt.metrics.files import file_sha256, replacing
+from edt.files import file_sha256, whole_file
 from edt.metrics.graphdef import GraphNode, read_graph
 from edt.metrics.inception_graph import BATCH_NORM_EPSILON, CLASSES, FEATURES, GRAPH, UNITS, Join, Pool, Unit
 
@@ -56,7 +56,7 @@ def _download(target: Path) -> None:
     mend = f"put the file from {URL} at ./{FILE_NAME} or name it with --inception"
     logger.info("downloading %s (96 MB) to %s", URL, target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
+    with whole_file(target) as temporary:
         try:
             with urllib.request.urlopen(URL, timeout=20) as response, open(temporary, "wb") as file:
                 while block := response.read(1 << 20):
@@ -86,7 +86,7 @@ def load_weights(path: Path) -> InceptionWeights:
 
 def save_weights(weights: InceptionWeights, path: Path) -> None:
     """Write the weights as safetensors, with the hash of the file they come from."""
-    with replacing(path) as temporary:
+    with whole_file(path) as temporary:
         safetensors.numpy.save_file(weights.tensors, temporary, metadata={"source_sha256": weights.sha256})
 
 

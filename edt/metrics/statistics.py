@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from edt.errors import UserError
+from edt.files import whole_file
 from edt.metrics.features import FeatureExtractor
-from edt.metrics.files import replacing
 from edt.metrics.frechet import Moments, StreamingMoments
 from edt.metrics.images import ArrayImages, Crop, FolderImages, ImageSet, NpzImages, npz_names, read_npz
 
@@ -242,5 +242,5 @@ def write_statistics(path: Path, statistics: Statistics, **more: np.ndarray) -> 
         if getattr(statistics, name) is not None:
             arrays[name] = np.asarray(getattr(statistics, name))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
