@@ -1,0 +1,25 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import run_script
+from PIL import Image
+
+
+@pytest.mark.slow
+def test_solvers_are_compared_on_an_image_folder(trained, image_folder, tmp_path):
+    pytest.importorskip("sklearn")
+    for split in ("train", "test"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / split).symlink_to(image_folder)
+    done = run_script(sys.executable, "benchmarks/bench_solvers.py", "--ckpt", trained, "--images", tmp_path / "images", "--steps",
+                      2, 4, "--num-images", 6, "--output-dir", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "solvers.json").read_text())
+    assert [(row["solver"], row["steps"]) for row in report["rows"]] == [
+        (solver, steps) for solver in ("ddpm", "ddim", "dpm++", "unipc") for steps in (2, 4)
+    ]
+    assert all(row["frechet_distance"] > 0 and 0 <= row["class_accuracy"] <= 1 for row in report["rows"])
+    assert report["held_back_real_images"]["frechet_distance"] == pytest.approx(0, abs=1e-6)  # the same images here
+    assert np.asarray(Image.open(tmp_path / "out" / "solvers.png")).std() > 0
