@@ -155,14 +155,14 @@ def crash(features: Path, run: Path, reference: Path, kills: int, rng: random.Ra
 
 
 def test_kill_9_at_random_moments(features, tmp_path):
-    train(features, tmp_path / "reference", 12)
+    assert run_script(*command(features, tmp_path / "reference", 12)).returncode == 0  # as many threads as the others
     crash(features, tmp_path / "run", tmp_path / "reference", kills=3, rng=random.Random(0))
 
 
 @pytest.mark.slow
 def test_kill_9_at_20_random_moments(features, tmp_path):
     """20 runs, each killed once at a random moment and continued."""
-    train(features, tmp_path / "reference", 8)
+    assert run_script(*command(features, tmp_path / "reference", 8)).returncode == 0
     rng = random.Random(1)
     torn = sum(crash(features, tmp_path / f"run{i}", tmp_path / "reference", kills=1, rng=rng) for i in range(20))
     assert torn >= 3  # kills that hit a checkpoint while it was written
