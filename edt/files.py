@@ -59,9 +59,12 @@ def read_json(path: str | Path) -> dict:
         raise UserError(f"cannot read {path} ({type(error).__name__}); is it damaged?") from None
 
 
-def claim(path: str | Path, made_from: dict, remedy: str) -> None:
+def claim(path: str | Path, made_from: dict, remedy: str, notes: dict | None = None) -> None:
     """Record in a JSON file what the files beside it are made from; if it is recorded already, make sure that it is the
     same.
+
+    Args:
+        notes: recorded too, but free to differ.
 
     Raises:
         UserError: it is something else, naming the fields that differ and the ``remedy``.
@@ -69,9 +72,10 @@ def claim(path: str | Path, made_from: dict, remedy: str) -> None:
     path, made_from = Path(path), json.loads(json.dumps(made_from))  # as it will be read back
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, made_from)
+        write_json(path, {**made_from, **(notes or {})})
         return
-    differing = differences(read_json(path), made_from)
+    found = read_json(path)
+    differing = differences({name: found.get(name) for name in made_from}, made_from)
     if differing:
         raise UserError(f"{path.parent} was made otherwise ({differing}); {remedy}")
 
