@@ -23,7 +23,7 @@ from edt.plots import plot_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 16  # pixels: token grids of 8, 4 and 2
-STEPS, BATCH, SAMPLES, CFG = 1200, 64, 200, 2.5
+STEPS, BATCH, SAMPLES, CFG = 900, 64, 200, 2.5
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
         scores = out / f"scores-amm-{amm.lower()}.json"
         script("evaluator.py", out / "images/train", samples, "--features", "pixels", "--json", scores)
         rows.append((f"EDT-Tiny, AMM {'on' if amm == 'True' else 'off'}", samples, json.loads(scores.read_text())))
-    script("image_generator.py", *sampling, "--classes", *range(10), "--num-variations", 8, "--output-dir", out / "visual")
+    script("image_generator.py", *sampling, "--classes", *range(10), "--num-variations", 4, "--output-dir", out / "visual")
 
     draw(out, rows)
     report(rows, real, time.perf_counter() - start, precision, out)
