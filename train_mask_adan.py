@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from edt.checkpoint import build, init_from, read_weights
-from edt.cli import exit_on_user_error, from_arguments, make_accelerator, start_tracker
+from edt.cli import check_tracker, exit_on_user_error, from_arguments, make_accelerator, start_tracker
 from edt.features import open_features
 from edt.fit import FitConfig, fit, log_to, write_sample_grid
 from edt.models import EDT_models
@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    check_tracker(args.tracker)
     args.init_lr = args.init_lr or (5e-4 if args.model.startswith("EDT-XL") else 1e-3)
     config, fit_config = from_arguments(TrainConfig, args), from_arguments(FitConfig, args)
     features = open_features(args.feature_path)

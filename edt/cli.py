@@ -68,10 +68,14 @@ def from_arguments(config: type, args: argparse.Namespace):
     )
 
 
+def check_tracker(name: str | None) -> None:
+    """Raises a UserError if the package of a tracker is missing."""
+    if name is not None and importlib.util.find_spec(name) is None:
+        raise UserError(f"--tracker {name} needs the package: pip install {name}")
+
+
 def start_tracker(accelerator: Accelerator, name: str, folder: Path, config: dict) -> None:
     """Log to TensorBoard or Weights & Biases too, through accelerate."""
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"--tracker {name} needs the package: pip install {name}")
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.log_with = filter_trackers([name], str(folder))
     plain = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in config.items()}

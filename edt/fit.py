@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import math
 import resource
 import signal
 import time
@@ -69,7 +68,7 @@ class Meter:
     def read(self, steps_per_epoch: int) -> dict:
         """A line for the log: means since the last one."""
         trainer, batch = self.trainer, self.trainer.config.global_batch_size
-        full, masked, grad_norm = (torch.stack([*self.losses, self.grad_norm]) / max(self.applied, 1)).tolist()
+        full, masked, grad_norm = (torch.stack([*self.losses, self.grad_norm]) / self.applied).tolist()
         quartiles = (self.quartiles[0] / self.quartiles[1]).tolist()
         images_per_sec = self.steps * batch / (time.perf_counter() - self.since)
         flops = images_per_sec * self.flops_per_image / trainer.accelerator.num_processes
@@ -80,7 +79,7 @@ class Meter:
             "loss": full + masked,
             "loss_full": full,
             "loss_masked": masked,
-            "loss_by_timestep_quartile": [value if math.isfinite(value) else None for value in quartiles],
+            "loss_by_timestep_quartile": quartiles,
             "grad_norm": grad_norm,
             "lr": trainer.optimizer.param_groups[0]["lr"],
             "bad_steps": trainer.bad_steps,

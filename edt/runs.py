@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,9 +134,9 @@ class Run:
         self._forget_metrics_after(trainer.step)
 
     def log_metrics(self, row: dict) -> None:
-        """Append a line to the JSONL file."""
+        """Append a line to the JSONL file; what is not finite, a mean of nothing, becomes null."""
         with open(self.metrics, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({name: _finite(value) for name, value in row.items()}) + "\n")
 
     def _forget_metrics_after(self, step: int) -> None:
         """Drop a torn last line, and the lines of steps that are about to be taken again."""
@@ -147,3 +148,9 @@ class Run:
                 kept += [line] if json.loads(line)["step"] <= step else []
         with whole_file(self.metrics) as temporary:
             temporary.write_text("".join(kept))
+
+
+def _finite(value):
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -227,7 +227,7 @@ def test_nan_in_the_data_is_survived_and_too_many_are_not(features, tmp_path, ca
     np.save(poisoned / "shard-00000.npy", latents)
     assert train(poisoned, tmp_path / "run", 6) == 0  # two epochs: image 5 in at most two batches
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["bad_steps"] in (1, 2)
+    assert rows[-1]["bad_steps"] in (1, 2) and sum(row["loss"] is None for row in rows) == rows[-1]["bad_steps"]
     assert all(value.isfinite().all() for value in final(tmp_path / "run").values())
     latents[:] = np.nan
     np.save(poisoned / "shard-00000.npy", latents)

@@ -1,5 +1,6 @@
 """The scripts as users start them: real processes for each launcher, every other choice in process."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -224,6 +225,17 @@ def test_fine_tuning_takes_what_fits(features, run_folder, tmp_path):
     log = (tmp_path / "tuned" / "log.txt").read_text()
     assert "1 parameters resized: y_embedder.embedding_table.weight" in log and "0 parameters new" in log
     assert np.asarray(Image.open(tmp_path / "tuned" / "samples" / "0000001.png")).shape == (4 * 18 + 2, 8 * 18 + 2, 3)
+
+
+def test_tracker(features, tmp_path, capsys):
+    argv = [*TRAIN, "--feature-path", str(features), "--run-dir", str(tmp_path / "run"), "--max-steps", "1", "--tracker",
+            "tensorboard"]  # fmt: skip
+    if importlib.util.find_spec("tensorboard") is None:
+        assert "pip install tensorboard" in fails(train_mask_adan.main, argv, capsys)
+        assert not (tmp_path / "run").exists()
+    else:
+        assert train_mask_adan.main(argv) == 0
+        assert any(path.stat().st_size > 100 for path in (tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
 def test_resume_without_a_checkpoint_or_of_another_run_is_refused(features, run_folder, tmp_path, capsys):
