@@ -30,9 +30,11 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "demo")
     p.add_argument("--steps", type=int, default=STEPS, help="training steps")
+    has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    p.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if has_bf16 else "fp32")
     args = p.parse_args()
+    precision = args.precision
     start, out = time.perf_counter(), args.out
-    precision = "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
     real = make_image_folders(out / "images")
     script("extract_features.py", "--data-path", out / "images/train", "--features-path", out / "features",
