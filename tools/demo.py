@@ -30,7 +30,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "demo")
     p.add_argument("--steps", type=int, default=STEPS, help="training steps")
-    has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_bf16 = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
     p.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if has_bf16 else "fp32")
     args = p.parse_args()
     precision = args.precision
