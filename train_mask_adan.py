@@ -99,6 +99,8 @@ def main(argv: list[str] | None = None) -> int:
             logging.info("training %s in %s: %s", args.model, run.folder, config)
             for what, names in started_from.items():
                 logging.info("from %s: %d parameters %s: %s", args.init_from, len(names), what, ", ".join(names[:8]))
+        if accelerator.is_main_process:
+            run.forget_metrics_after(trainer.step)
         if args.tracker:
             start_tracker(accelerator, args.tracker, run.folder, vars(args))
         vae = load_vae(features.notes().get("vae", "ema"), accelerator.device) if args.sample_every else None

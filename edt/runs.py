@@ -131,15 +131,14 @@ class Run:
             raise UserError(f"{checkpoint} was trained otherwise ({differing}); --allow-config-change goes on all the same")
         names = ("model", "ema", "optimizer", "sampler")
         trainer.load_state({name: read_tensors(checkpoint / f"{name}.safetensors") for name in names}, state)
-        self._forget_metrics_after(trainer.step)
 
     def log_metrics(self, row: dict) -> None:
         """Append a line to the JSONL file; what is not finite, a mean of nothing, becomes null."""
         with open(self.metrics, "a") as file:
             file.write(json.dumps({name: _finite(value) for name, value in row.items()}) + "\n")
 
-    def _forget_metrics_after(self, step: int) -> None:
-        """Drop a torn last line, and the lines of steps that are about to be taken again."""
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop a torn last line, and the lines of steps that are about to be taken again. For the main process."""
         if not self.metrics.exists():
             return
         kept = []

