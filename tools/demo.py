@@ -23,7 +23,7 @@ from edt.plots import plot_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 16  # pixels: token grids of 8, 4 and 2
-STEPS, BATCH, SAMPLES, CFG = 900, 64, 200, 2.5
+STEPS, BATCH, SAMPLES, CFG = 900, 64, 200, 3.0
 
 
 def main() -> None:
