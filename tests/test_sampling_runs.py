@@ -90,6 +90,7 @@ def test_the_images_are_those_of_the_recipe(whole):
     assert set(recipe["versions"]) == {"python", "edt", "torch", "diffusers"}
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same(whole, trained, tmp_path):
     images, labels, recipe = samples(finish(command(trained, tmp_path, "--per-proc-batch-size", 5), TORCHRUN))
     assert equal(images, whole[0]) and np.array_equal(labels, whole[1]) and recipe == whole[2]
