@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from edt.checkpoint import build, init_from, read_weights
 from edt.cli import check_tracker, exit_on_user_error, from_arguments, make_accelerator, start_tracker
+from edt.compilation import COMPILE
 from edt.features import open_features
 from edt.fit import FitConfig, fit, log_to, write_sample_grid
 from edt.models import EDT_models
@@ -52,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("method")
     g.add_argument("--global-batch-size", type=int, default=256)
     g.add_argument("--mini-batch-size", type=int, help="images a process puts through at once; the same update")
+    g.add_argument("--separate-passes", action="store_true",
+                   help="full and masked pass one after the other: slower, less memory, the same update")
     g.add_argument("--init-lr", type=float, help="default: 1e-3; 5e-4 for EDT-XL")
     g.add_argument("--lr-steps", type=int, default=400_000, help="steps from --init-lr down to 5e-5")
     g.add_argument("--optimizer", choices=OPTIMIZERS, default="adan",
@@ -65,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--schedule-sampler", "--schedule_sampler", choices=["uniform", "loss-second-moment"],
                    default="loss-second-moment")  # fmt: skip
     g.add_argument("--precision", choices=PRECISIONS, default="tf32")
+    g.add_argument("--compile", choices=COMPILE, default="off", help="; ".join(f"{k}: {what}" for k, what in COMPILE.items()))
     g.add_argument("--global-seed", type=int, default=42, dest="seed")
     return p
 
@@ -84,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)  # of the initial weights
     model = build(args.model, input_size=side, in_channels=channels, num_classes=features.num_classes)
     started_from = init_from(model, read_weights(args.init_from)[0]) if args.init_from else {}
-    trainer = Trainer(model, config, accelerator, args.mini_batch_size)
+    trainer = Trainer(model, config, accelerator, args.mini_batch_size, args.separate_passes, args.compile)
 
     folder = broadcast_object_list([run_folder(args.run_dir, args.results_dir, args.model, args.resume)])[0]
     run = Run(folder, {"name": args.model, "features": features.notes()}, args.keep_last, args.keep_every)

@@ -18,8 +18,10 @@ def attention(qkv: torch.Tensor, bias: torch.Tensor, modulation: torch.Tensor | 
         (B, N, heads * d).
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
-    weights = scores.softmax(dim=-1)
-    if modulation is not None:
-        weights = weights * modulation
-    return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    with torch.autocast(qkv.device.type, enabled=False):  # a softmax of bfloat16 sums in float32 as it is
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        scores += bias.to(scores.dtype)
+        weights = scores.softmax(dim=-1)
+        if modulation is not None:
+            weights = weights * modulation.to(weights.dtype)
+        return (weights @ v).transpose(1, 2).flatten(2)

@@ -261,7 +261,8 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer, names: Iterable[str]) ->
                 tensors[f"{name}/{key}"] = value
             else:
                 rest[f"{name}/{key}"] = value
-    return tensors, {"step": state["param_groups"][0].get("step"), "values": rest}
+    step = state["param_groups"][0].get("step")
+    return tensors, {"step": None if step is None else int(step), "values": rest}
 
 
 def restore_optimizer(

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -48,22 +50,22 @@ class Meter:
         self.losses = torch.zeros(2, device=self.device)  # full pass, masked pass
         self.quartiles = torch.zeros(2, QUARTILES, device=self.device)  # by timestep: sum of losses, of weights
         self.grad_norm = torch.zeros((), device=self.device)
-        self.steps = self.applied = 0
+        self.applied = torch.zeros((), device=self.device)
+        self.steps = 0
         self.since = time.perf_counter()
 
     def add(self, report: StepReport, draws: StepDraws) -> None:
         """Take in a step. Losses are importance-weighted, as what is trained on: unweighted, they would rise when the
         timestep sampler begins to prefer the hard timesteps."""
         self.steps += 1
-        if not report.applied:
-            return
-        self.applied += 1
-        weighted = report.losses * draws.weight[:, None]
+        self.applied += report.applied
+        weight = draws.weight * report.applied
+        weighted = torch.where(report.applied, report.losses, 0) * weight[:, None]
         means = weighted.mean(dim=0)
         self.losses[: len(means)] += means
         quartile = draws.t * QUARTILES // self.trainer.diffusion.num_timesteps
-        self.quartiles.index_add_(1, quartile, torch.stack([weighted.sum(dim=1), draws.weight]))
-        self.grad_norm += report.grad_norm
+        self.quartiles.index_add_(1, quartile, torch.stack([weighted.sum(dim=1), weight]))
+        self.grad_norm += torch.where(report.applied, report.grad_norm, 0)
 
     def read(self, steps_per_epoch: int) -> dict:
         """A line for the log: means since the last one."""
@@ -82,7 +84,7 @@ class Meter:
             "loss_by_timestep_quartile": quartiles,
             "grad_norm": grad_norm,
             "lr": trainer.optimizer.param_groups[0]["lr"],
-            "bad_steps": trainer.bad_steps,
+            "bad_steps": int(trainer.bad_steps),
             "images_per_sec": images_per_sec,
             "model_tflops_per_sec": flops / 1e12,  # of one process
             "model_flops_utilization": flops / self.peak if self.peak else None,
@@ -142,7 +144,7 @@ def fit(trainer: Trainer, features: Features, run: Run, config: FitConfig, draw_
     accelerator = trainer.accelerator
     device, main = accelerator.device, accelerator.is_main_process
     indices = BatchIndices(len(features), trainer.config.seed, trainer.config.global_batch_size, trainer.rows, trainer.step)
-    meter, bad_in_a_row = Meter(trainer), 0
+    meter, processes = Meter(trainer), _processes(accelerator)
     with StopSignal() as stop, _progress(trainer.step, config.max_steps, main) as bar:
         loader = batches(features, indices, config.num_workers, pin_memory=device.type == "cuda")
         stopping = trainer.step >= config.max_steps
@@ -152,11 +154,12 @@ def fit(trainer: Trainer, features: Features, run: Run, config: FitConfig, draw_
             report = trainer.update(trainer.latents(stored), y, draws)
             meter.add(report, draws)
             bar.update()
-            bad_in_a_row = 0 if report.applied else bad_in_a_row + 1
-            if bad_in_a_row == config.max_bad_steps:
+            logs = trainer.step % config.log_every == 0
+            # A GPU is asked when it is waited for anyway: until then the steps leave no trace.
+            if (logs or device.type == "cpu") and trainer.bad_in_a_row >= config.max_bad_steps:
                 last = newest_checkpoint(run.checkpoints)
-                raise UserError(f"{bad_in_a_row} steps in a row were not finite; the last good checkpoint is {last}")
-            if trainer.step % config.log_every == 0:
+                raise UserError(f"{trainer.bad_in_a_row} steps in a row were not finite; the last good checkpoint is {last}")
+            if logs:
                 row = meter.read(indices.steps_per_epoch)
                 accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, step=trainer.step)
                 if main:
@@ -164,7 +167,7 @@ def fit(trainer: Trainer, features: Features, run: Run, config: FitConfig, draw_
                     logger.info(CONSOLE_LINE, row)
             if main and config.sample_every and trainer.step % config.sample_every == 0:
                 draw_samples()
-            stopping = _agreed(accelerator, stop.number is not None) or trainer.step == config.max_steps
+            stopping = _any(stop.number is not None, processes) or trainer.step == config.max_steps
             if main and (stopping or trainer.step % config.ckpt_every == 0):
                 _save(run, trainer, must=stopping)
         accelerator.wait_for_everyone()
@@ -198,11 +201,18 @@ def _progress(step: int, max_steps: int, main: bool) -> Iterator[tqdm]:
         yield bar
 
 
-def _agreed(accelerator, flag: bool) -> bool:
+def _processes(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """A way for the processes to talk that no GPU has a part in; None if there is only one."""
+    return dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+
+def _any(flag: bool, processes: dist.ProcessGroup | None) -> bool:
     """True on every process as soon as it is on one."""
-    if accelerator.num_processes == 1:
+    if processes is None:
         return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=processes)
+    return bool(flags)
 
 
 def log_to(path: Path, main: bool) -> None:

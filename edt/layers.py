@@ -34,7 +34,7 @@ def layer_norm(x: torch.Tensor) -> torch.Tensor:
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """AdaLN's x (1 + scale) + shift, with (B, C) parameters for (B, N, C) tokens."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
 def merge_2x2(x: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,7 @@ class AdaLN(nn.Sequential):
         self.parts = parts
 
     def forward(self, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return super().forward(c).chunk(self.parts, dim=1)
+        return super().forward(c).float().chunk(self.parts, dim=1)  # bfloat16 has no room for 1 + scale
 
 
 class TimestepEmbedder(nn.Module):
@@ -105,9 +105,10 @@ class RelativePositionBias(nn.Module):
         self.register_buffer("index", (delta_row * (2 * grid - 1) + delta_column).flatten(), persistent=False)
 
     def forward(self) -> torch.Tensor:
-        """(heads, N, N)."""
+        """(heads, N, N), contiguous: added to every image's scores, it must be read in order."""
         tokens = self.grid**2
-        return self.relative_position_bias_table.index_select(0, self.index).view(tokens, tokens, -1).permute(2, 0, 1)
+        bias = self.relative_position_bias_table.index_select(0, self.index)
+        return bias.T.contiguous().view(-1, tokens, tokens)
 
 
 class Attention(nn.Module):
@@ -137,8 +138,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
-        x = x + gate_attn.unsqueeze(1) * self.attn(modulate(layer_norm(x), shift_attn, scale_attn))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp))
+        x = torch.addcmul(x, gate_attn.unsqueeze(1), self.attn(modulate(layer_norm(x), shift_attn, scale_attn)))
+        return torch.addcmul(x, gate_mlp.unsqueeze(1), self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp)))
 
 
 class _Enhanced(nn.Module):

@@ -16,13 +16,22 @@ MID_RATIO: Ratio = (0.15, 0.25)  # the release's extra mask inside stage 1 of ED
 class TokenMasks(NamedTuple):
     """Keep-masks of one masked pass, raster order, bool. T is the number of tokens of stage 1."""
 
-    down0: torch.Tensor  # (B, T), tokens entering the first down-sampling
-    down1: torch.Tensor  # (B, T / 4), tokens entering the second
+    down0: torch.Tensor | None  # (B, T), tokens entering the first down-sampling
+    down1: torch.Tensor | None  # (B, T / 4), tokens entering the second
     mid: torch.Tensor | None = None  # (B, T), tokens entering EDTConfig.mid_mask_block
 
     def rows(self, rows: slice) -> "TokenMasks":
         """The masks of some images of the batch."""
         return TokenMasks(*(None if mask is None else mask[rows] for mask in self))
+
+    def after_full_pass(self) -> "TokenMasks":
+        """Masks (2 B) of a full and a masked pass that go through the network as one batch, the full one first."""
+        return TokenMasks(*(None if mask is None else torch.cat([torch.ones_like(mask), mask]) for mask in self))
+
+    def fork(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Repeat tensors (B, ...) to as many rows as there are masks."""
+        copies = 1 if self.down0 is None else len(self.down0) // len(tensors[0])
+        return tensors if copies == 1 else tuple(torch.cat([tensor] * copies) for tensor in tensors)
 
 
 def draw_masks(

@@ -165,10 +165,12 @@ class EDT(nn.Module):
             x: noised latents, (B, C, S, S).
             t: timesteps of the 1000-step process, (B,).
             y: class labels, (B,) int; the null class is ``num_classes``, and None means it for all.
-            masks: hide tokens inside the down-sampling modules (training's masked pass).
+            masks: hide tokens inside the down-sampling modules (training's masked pass). Masks of k B rows put every
+                image through k times, as if the batch had been repeated; what comes before the first mask is the same
+                for all k and is computed once.
 
         Returns:
-            (B, 2C, S, S): noise, then variance range.
+            (B, 2C, S, S), or (k B, 2C, S, S): noise, then variance range.
         """
         keep = masks or TokenMasks(None, None)
         if y is None:
@@ -176,7 +178,10 @@ class EDT(nn.Module):
         # fmt: off
         c = self.t_embedder(t) + self.y_embedder(y)                             # (B, D)
         x = embedded = self.x_embedder(x) + self.pos_embed                      # (B, T, w1)
-        x = self._stage(0, x, c, keep.mid)                                      # (B, T, w1)
+        x = self._stage(0, x, c, stop=self._first_mask)                         # (B, T, w1)
+        x, embedded, c = keep.fork(x, embedded, c)                              # B is k B from here on
+        x = self._hide(x, keep.mid)                                             # (B, T, w1)
+        x = self._stage(0, x, c, start=self._first_mask)                        # (B, T, w1)
         x = reduced = self.down_blocks[0](x, c, keep.down0)                     # (B, T/4, w2)
         x = self._stage(1, x, c)                                                # (B, T/4, w2)
         x = self.down_blocks[1](x, c, keep.down1)                               # (B, T/16, w3)
@@ -261,14 +266,25 @@ class EDT(nn.Module):
             return placement.at_512
         return placement.low_cfg if cfg_scale < 2 else placement.high_cfg
 
-    def _stage(self, stage: int, x: torch.Tensor, c: torch.Tensor, keep_mid: torch.Tensor | None = None) -> torch.Tensor:
+    @property
+    def _first_mask(self) -> int:
+        """How many blocks of stage 1 come before any mask."""
+        return self.config.depths[0] if self.config.mid_mask_block is None else self.config.mid_mask_block
+
+    def _stage(self, stage: int, x: torch.Tensor, c: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Blocks ``start`` to ``stop`` of a stage."""
         first = sum(self.config.depths[:stage])
-        for i in range(first, first + self.config.depths[stage]):
-            if keep_mid is not None and i == self.config.mid_mask_block:
-                keep = keep_mid.unsqueeze(-1).to(x.dtype)
-                x = x * keep + self.pos_embed * (1 - keep)  # a hidden token keeps its position only
-            x = self.blocks[i](x, c)
+        blocks = list(self.blocks)[first : first + self.config.depths[stage]]
+        for block in blocks[start:stop]:
+            x = block(x, c)
         return x
+
+    def _hide(self, x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+        """A hidden token keeps its position only."""
+        if keep is None:
+            return x
+        keep = keep.unsqueeze(-1).to(x.dtype)
+        return x * keep + self.pos_embed * (1 - keep)
 
     def _initialize(self) -> None:
         """DiT's initialisation; the AdaLN of down-sampling and long skips are, as in the release, not zeroed."""

@@ -1,9 +1,8 @@
 """Optimizers and the learning rate (paper, section 4.1; the release's settings)."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-import timm.optim
 import torch
 
 from edt.errors import UserError
@@ -14,31 +13,116 @@ BETAS = (0.98, 0.92, 0.99)
 FINAL_LR = 5e-5
 
 OPTIMIZERS = {
-    "adan": "Adan as its authors publish it (timm's implementation of the same update)",
+    "adan": "Adan as its authors publish it",
     "adan-pytorch": "the adan-pytorch package: another update. Its first step moves nothing; after 60 steps on the "
     "reference trajectory its weights are off by 0.0066, where the official ones have moved by 0.012",
 }
 
 
+CPU_CHUNK = 2**17  # elements: what a pass reads and writes of seven tensors stays in the cache
+
+
+def _adan(tensors: Sequence[torch.Tensor], scalars: Sequence[torch.Tensor], eps: float) -> None:
+    """Algorithm 1 of Adan (Xie et al., 2022) in place, and the moving average of its result if there is one."""
+    p, grad, exp_avg, exp_avg_diff, exp_avg_sq, neg_pre_grad, *average = tensors
+    apply, weight1, weight2, weight3, beta2, step1, step2, sqrt_correction3, decay, average_weight = scalars
+    grad = torch.where(apply > 0, grad, 0)
+    diff = neg_pre_grad.add_(grad)
+    exp_avg.lerp_(grad, weight1)
+    exp_avg_diff.lerp_(diff, weight2)
+    nesterov = torch.addcmul(grad, diff, beta2)
+    exp_avg_sq.lerp_(nesterov.square_(), weight3)
+    denominator = torch.sqrt(exp_avg_sq, out=nesterov).div_(sqrt_correction3).add_(eps)
+    p.sub_((exp_avg * step1).div_(denominator)).sub_((exp_avg_diff * step2).div_(denominator)).mul_(decay)
+    torch.lerp(diff, grad.neg(), apply, out=neg_pre_grad)  # -grad, or what it was
+    for one in average:
+        one.lerp_(p, average_weight)
+
+
+class Adan(torch.optim.Optimizer):
+    """Adan (Xie et al., 2022) with proximal weight decay, as its authors' code computes it.
+
+    One pass over the memory, the moving average of the weights included; and a step can be called off by a tensor, so
+    that the host need not wait to learn whether a gradient was finite.
+
+    Args:
+        compiled: run the pass as one kernel, through torch.compile.
+    """
+
+    def __init__(
+        self, params: Iterable[torch.nn.Parameter], lr: float, betas: tuple[float, float, float] = BETAS, eps: float = 1e-8,
+        weight_decay: float = 0.0, compiled: bool = False,
+    ):  # fmt: skip
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._pass = torch.compile(_adan, dynamic=True) if compiled else _adan
+
+    @torch.no_grad()
+    def step(
+        self, closure: None = None, *, apply: torch.Tensor | None = None,
+        averages: Sequence[torch.Tensor] | None = None, average_decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Args:
+        apply: () bool on the parameters' device; False leaves everything, the step counter included, as it is.
+        averages: one tensor a parameter, in their order: average <- decay * average + (1 - decay) * parameter.
+        """
+        averages = iter(averages or ())
+        for group in self.param_groups:
+            params = group["params"]
+            device = params[0].device
+            applied = torch.ones((), device=device) if apply is None else apply.to(torch.float32)
+            group["step"] = torch.as_tensor(group.get("step", 0.0), dtype=torch.float64, device=device) + applied
+            scalars = self._scalars(group, applied, average_decay)
+            for p in params:
+                average = next(averages, None)
+                if p.grad is not None:
+                    self.state[p] = self.state[p] or {name: torch.zeros_like(p) for name in STATE}
+                    tensors = [p, p.grad, *(self.state[p][name] for name in STATE), *([] if average is None else [average])]
+                    for chunk in _chunks(tensors):
+                        self._pass(chunk, scalars, group["eps"])
+
+    def _scalars(self, group: dict, applied: torch.Tensor, average_decay: float) -> list[torch.Tensor]:
+        """What a pass multiplies by, on the device; in a step called off all that changes something is 0."""
+        (beta1, beta2, beta3), lr = group["betas"], group["lr"]
+        step = group["step"].clamp(min=1)  # 0 only if called off
+        later = (step > 1).to(applied)  # there is a gradient to differ from
+        scalars = [
+            applied, applied * (1 - beta1), applied * later * (1 - beta2), applied * (1 - beta3), later * beta2,
+            applied * lr / (1 - beta1**step), applied * lr * beta2 / (1 - beta2**step), (1 - beta3**step).sqrt(),
+            1 / (1 + applied * lr * group["weight_decay"]), applied * (1 - average_decay),
+        ]  # fmt: skip
+        return [scalar.float() for scalar in scalars]
+
+
+STATE = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")  # of each parameter, under the release's names
+
+
+def _chunks(tensors: Sequence[torch.Tensor]) -> Iterable[tuple[torch.Tensor, ...]]:
+    """Flat pieces of tensors of one shape; whole on a GPU, whose passes no cache would hold."""
+    size = CPU_CHUNK if tensors[0].device.type == "cpu" else tensors[0].numel()
+    return zip(*(tensor.detach().reshape(-1).split(size) for tensor in tensors), strict=True)
+
+
 def create_optimizer(
-    name: str, params: Iterable[torch.nn.Parameter], lr: float, weight_decay: float = 0.0
+    name: str, params: Iterable[torch.nn.Parameter], lr: float, weight_decay: float = 0.0, compiled: bool = False
 ) -> torch.optim.Optimizer:
     """Adan with the release's betas (0.98, 0.92, 0.99) and eps 1e-8.
 
     Args:
         name: a key of :data:`OPTIMIZERS`.
         weight_decay: proximal decay; the release uses none.
+        compiled: as in :class:`Adan`; the package's optimizer is what it is.
     """
     if name == "adan":
-        return timm.optim.Adan(params, lr=lr, betas=BETAS, eps=1e-8, weight_decay=weight_decay)
+        return Adan(params, lr, weight_decay=weight_decay, compiled=compiled)
     if name == "adan-pytorch":
         try:
-            from adan_pytorch import Adan
+            import adan_pytorch
         except ImportError:
             raise UserError("--optimizer adan-pytorch needs the package: pip install adan-pytorch") from None
         logger.warning("optimizer adan-pytorch: %s", OPTIMIZERS[name])
         # This package writes the moving averages with the complements of the betas.
-        return Adan(params, lr=lr, betas=tuple(1 - beta for beta in BETAS), eps=1e-8, weight_decay=weight_decay)
+        betas = tuple(1 - beta for beta in BETAS)
+        return adan_pytorch.Adan(params, lr=lr, betas=betas, eps=1e-8, weight_decay=weight_decay)
     raise UserError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
 
 

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,13 +12,14 @@ import torch
 from accelerate import Accelerator
 
 from edt.checkpoint import flatten_optimizer, restore_optimizer
+from edt.compilation import compile_network
 from edt.diffusion import create_diffusion, create_timestep_sampler
-from edt.draws import StepDraws, draw_step
+from edt.draws import PassDraws, StepDraws, draw_step
 from edt.ema import update_ema
 from edt.errors import UserError
 from edt.features import Features, sample_posterior
 from edt.models import EDT
-from edt.optim import create_optimizer, learning_rate
+from edt.optim import Adan, create_optimizer, learning_rate
 from edt.precision import allow_tf32
 from edt.randomness import epoch_order, generator
 
@@ -51,7 +52,7 @@ class StepReport(NamedTuple):
 
     losses: torch.Tensor  # (B, passes), unweighted, of the global batch in its order
     grad_norm: torch.Tensor  # (), before clipping
-    applied: bool  # False: loss or gradient was not finite, and the step left no trace
+    applied: torch.Tensor  # () bool; False: loss or gradient was not finite, and the step left no trace
 
 
 class Trainer:
@@ -60,13 +61,24 @@ class Trainer:
     Attributes:
         model, ema: the bare networks.
         step: training steps taken, those that left no trace included.
-        bad_steps: of these, the latter.
+        bad_steps: of these, the latter; bad_in_a_row: how many of them were the last. () int64, on the device.
     """
 
-    def __init__(self, model: EDT, config: TrainConfig, accelerator: Accelerator, micro_batch_size: int | None = None):
+    def __init__(
+        self,
+        model: EDT,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        micro_batch_size: int | None = None,
+        separate_passes: bool = False,
+        compile: str = "off",
+    ):
         """Args:
         micro_batch_size: images a process puts through the network at once; None, or the release's -1, is all of its
             share. The update is that of the whole batch.
+        separate_passes: put the full and the masked pass through one after the other: slower, less memory, the same
+            update.
+        compile: one of edt.compilation.COMPILE.
 
         Raises:
             UserError: the global batch does not divide over the processes.
@@ -78,15 +90,21 @@ class Trainer:
         self.local_batch = config.global_batch_size // world
         self.rows = slice(accelerator.process_index * self.local_batch, (accelerator.process_index + 1) * self.local_batch)
         self.micro_batch = self.local_batch if (micro_batch_size or 0) < 1 else min(micro_batch_size, self.local_batch)
+        self.separate_passes = separate_passes
         allow_tf32(config.precision)
         self.model = model.to(accelerator.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = create_optimizer(config.optimizer, self.model.parameters(), config.init_lr)
+        self.optimizer = create_optimizer(
+            config.optimizer, self.model.parameters(), config.init_lr, compiled=compile != "off"
+        )
+        self.averages = list(self.ema.parameters())
+        compile_network(self.model, compile)
         self.wrapped = accelerator.prepare_model(self.model)  # distributed, and in autocast if asked
         self.diffusion = create_diffusion()
         self.timestep_sampler = create_timestep_sampler(config.schedule_sampler, self.diffusion.num_timesteps)
         self.timestep_sampler.to(accelerator.device)
-        self.step = self.bad_steps = 0
+        self.step = 0
+        self.bad_steps, self.bad_in_a_row = torch.zeros(2, dtype=torch.int64, device=accelerator.device).unbind()
 
     def draw(self) -> StepDraws:
         """This step's draws for the global batch."""
@@ -108,17 +126,27 @@ class Trainer:
             group["lr"] = learning_rate(self.step, self.config.init_lr, self.config.lr_steps)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.accelerator.gather(self._backward(x_start, y, draws.rows(self.rows)))
-        limit = float("inf") if self.config.clip is None else self.config.clip
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, grad_norm)
         # Losses are gathered and gradients reduced, so every process decides the same.
-        applied = bool(losses.isfinite().all() & grad_norm.isfinite())
-        if applied:
-            self.optimizer.step()
-            update_ema(self.ema, self.model, self.config.ema_decay)
-            self.timestep_sampler.update(draws.t, losses.sum(dim=1))
+        applied = losses.isfinite().all() & grad_norm.isfinite()
+        self._apply(applied)
+        self.timestep_sampler.update(draws.t, losses.sum(dim=1), applied)
         self.step += 1  # data and draws move on in any case
-        self.bad_steps += not applied
+        self.bad_steps = self.bad_steps + ~applied
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * ~applied
         return StepReport(losses, grad_norm, applied)
+
+    def _apply(self, applied: torch.Tensor) -> None:
+        """Optimizer and EMA, without waiting to learn whether the step is to leave a trace."""
+        decay = self.config.ema_decay
+        if isinstance(self.optimizer, Adan):
+            self.optimizer.step(apply=applied, averages=self.averages, average_decay=decay)
+        elif applied:  # adan-pytorch knows of no such thing: the host waits
+            self.optimizer.step()
+            update_ema(self.ema, self.model, decay)
 
     def latents(self, stored: torch.Tensor) -> torch.Tensor:
         """This step's latents from what the features store: themselves, or moments (b, 2C, S, S) to sample from."""
@@ -132,24 +160,40 @@ class Trainer:
     def _backward(self, x_start: torch.Tensor, y: torch.Tensor, draws: StepDraws) -> torch.Tensor:
         """Gradients of mean(weight * loss), summed over the passes; returns the losses, (b, passes).
 
-        Passes and micro-batches are back-propagated one after the other, so only one of them is in memory; the
-        processes exchange gradients in the last.
+        Micro-batches (and passes, if they are separate) are back-propagated one after the other, so only one of them
+        is in memory; the processes exchange gradients in the last.
         """
         starts = range(0, self.local_batch, self.micro_batch)
-        losses = x_start.new_empty(self.local_batch, len(draws.passes))
+        passes = range(len(draws.passes))
+        groups = [slice(i, i + 1) for i in passes] if self.separate_passes else [slice(None)]
+        losses = x_start.new_empty(self.local_batch, len(passes))
         for start in starts:
             rows = slice(start, start + self.micro_batch)
             part = draws.rows(rows)
-            for column, one in enumerate(part.passes):
-                last = start == starts[-1] and column == len(draws.passes) - 1
+            for group in groups:
+                last = start == starts[-1] and group is groups[-1]
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                    labels = torch.where(one.drop, self.model.num_classes, y[rows])
-                    loss = self.diffusion.training_losses(
-                        self.wrapped, x_start[rows], part.t, one.noise, {"y": labels, "masks": one.masks}
-                    )["loss"]
-                    self.accelerator.backward((part.weight * loss).sum() / self.local_batch)
-                losses[rows, column] = loss.detach()
+                    loss = self._losses(x_start[rows], y[rows], part.t, part.passes[group])
+                    self.accelerator.backward((part.weight[:, None] * loss).sum() / self.local_batch)
+                losses[rows, group] = loss.detach()
         return losses
+
+    def _losses(self, x_start: torch.Tensor, y: torch.Tensor, t: torch.Tensor, passes: Sequence[PassDraws]) -> torch.Tensor:
+        """(b, passes): all of them go through the network as one batch, (passes b) rows in the order of the passes.
+
+        With shared noise the passes differ in their masks only, and the network computes once what comes before these.
+        """
+        count, null = len(passes), self.model.num_classes
+        noise = torch.cat([one.noise for one in passes])
+        labels = torch.cat([torch.where(one.drop, null, y) for one in passes])
+        masks = passes[-1].masks if count == 1 or passes[-1].masks is None else passes[-1].masks.after_full_pass()
+        rows = len(y) if self.config.noise == "shared" else len(noise)
+
+        def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.wrapped(x_t[:rows], t[:rows], labels[:rows], masks)
+
+        terms = self.diffusion.training_losses(network, x_start.repeat(count, 1, 1, 1), t.repeat(count), noise)
+        return terms["loss"].view(count, -1).T
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict]]:
         """Everything a run is continued from, as named tensors and JSON documents (see edt.checkpoint)."""
@@ -164,7 +208,7 @@ class Trainer:
         return tensors, {
             "state": {
                 "step": self.step,
-                "bad_steps": self.bad_steps,
+                "bad_steps": int(self.bad_steps),
                 "optimizer": rest,
                 "config": dataclasses.asdict(self.config),
             }
@@ -177,7 +221,8 @@ class Trainer:
         self.ema.load_state_dict(tensors["ema"])
         restore_optimizer(self.optimizer, names, tensors["optimizer"], state["optimizer"])
         self.timestep_sampler.load_state_dict(tensors["sampler"])
-        self.step, self.bad_steps = state["step"], state["bad_steps"]
+        self.step = state["step"]
+        self.bad_steps.fill_(state["bad_steps"])
 
 
 def steps_per_epoch(count: int, global_batch_size: int) -> int:

@@ -23,7 +23,7 @@ LAYERS = [
     {"images", "amm", "attention", "masking", "precision", "randomness", "ema", "grids", "plots", "classes", "metrics"},
     {"layers", "diffusion", "optim", "vae"},
     {"models", "features"},
-    {"checkpoint", "draws", "extraction"},
+    {"checkpoint", "draws", "extraction", "compilation"},
     {"train", "sampling", "recipe"},
     {"runs", "npz", "cli", "flops"},
     {"fit"},

@@ -15,11 +15,11 @@ from edt.train import BatchIndices, TrainConfig, Trainer
 GOLDEN = golden_rule.load("train_s.npz")
 
 
-def tiny_trainer(micro_batch_size: int | None = None, **config) -> Trainer:
+def tiny_trainer(micro_batch_size: int | None = None, separate_passes: bool = False, **config) -> Trainer:
     torch.manual_seed(0)
     model = golden_rule.fill(build("EDT-Tiny/2", input_size=16, in_channels=3, num_classes=5))
     config = TrainConfig(**{"global_batch_size": 6, "ema_decay": 0.9, "lr_steps": 40, **config})
-    return Trainer(model, config, Accelerator(cpu=True), micro_batch_size)
+    return Trainer(model, config, Accelerator(cpu=True), micro_batch_size, separate_passes)
 
 
 def batch(step: int, size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,17 +75,23 @@ def test_micro_batches_make_the_same_update(micro_batch_size):
     same_gradients(whole.model, parts.model)
 
 
-def test_passes_one_after_the_other_have_the_gradients_of_their_sum():
-    trainer = tiny_trainer()
-    (x, y), draws = batch(0), trainer.draw()
+@pytest.mark.parametrize("noise", ["independent", "shared"])
+@pytest.mark.parametrize("options", [{}, {"separate_passes": True}, {"separate_passes": True, "micro_batch_size": 4}])
+@pytest.mark.parametrize("mid", [None, 0])
+def test_passes_together_or_apart_have_the_gradients_of_two_independent_ones(noise, options, mid):
+    trainer = tiny_trainer(**options, noise=noise)
     reference = golden_rule.fill(build("EDT-Tiny/2", input_size=16, in_channels=3, num_classes=5))
-    total = 0
+    for model in (trainer.model, reference):  # the mask inside stage 1 that EDT-XL has
+        model.config = dataclasses.replace(model.config, mid_mask_block=mid)
+    (x, y), draws = batch(0), trainer.draw()
+    losses = []
     for one in draws.passes:
         labels = torch.where(one.drop, 5, y)
-        losses = trainer.diffusion.training_losses(reference, x, draws.t, one.noise, {"y": labels, "masks": one.masks})
-        total = total + (draws.weight * losses["loss"]).mean()
-    total.backward()
-    trainer.update(x, y, draws)
+        terms = trainer.diffusion.training_losses(reference, x, draws.t, one.noise, {"y": labels, "masks": one.masks})
+        losses.append(terms["loss"])
+    sum((draws.weight * loss).mean() for loss in losses).backward()
+    report = trainer.update(x, y, draws)
+    torch.testing.assert_close(report.losses, torch.stack(losses, dim=1), rtol=1e-5, atol=1e-6)
     same_gradients(reference, trainer.model)
 
 

@@ -22,7 +22,7 @@ class UniformSampler(nn.Module):
         t = torch.randint(self.num_timesteps, (n,), generator=generator, device=generator.device)
         return t, torch.ones(n, device=t.device)
 
-    def update(self, t: torch.Tensor, loss: torch.Tensor) -> None:
+    def update(self, t: torch.Tensor, loss: torch.Tensor, apply: torch.Tensor | bool = True) -> None:
         """Take note of unweighted losses, (n,) each; nothing to do here."""
 
 
@@ -62,20 +62,21 @@ class LossSecondMomentSampler(nn.Module):
         t = torch.searchsorted(edges, u * edges[-1], right=True).clamp_(max=self.num_timesteps - 1)
         return t, (1 / (self.num_timesteps * p[t])).float()
 
-    def update(self, t: torch.Tensor, loss: torch.Tensor) -> None:
+    def update(self, t: torch.Tensor, loss: torch.Tensor, apply: torch.Tensor | bool = True) -> None:
         """Append unweighted losses to the histories; equal timesteps of one batch enter in the batch's order.
 
         Args:
             t: timesteps of the global batch, (n,).
             loss: their losses, (n,).
+            apply: () bool; False leaves the histories as they are.
         """
         equal = t[:, None] == t
         earlier = equal.tril(diagonal=-1).sum(dim=1)  # equal timesteps before this one
         later = equal.triu(diagonal=1).sum(dim=1)
         slot = (self.counts[t] + earlier) % self.history
-        row = torch.where(later < self.history, t, self.num_timesteps)  # older than the ring is long: thrown away
-        self.losses[row, slot] = loss.detach().to(self.losses.dtype)
-        self.counts.index_add_(0, t, torch.ones_like(t))
+        kept = (later < self.history) & apply  # not older than the ring is long
+        self.losses[torch.where(kept, t, self.num_timesteps), slot] = torch.where(kept, loss.detach().double(), 0)
+        self.counts.index_add_(0, t, torch.ones_like(t) * apply)
 
 
 def create_timestep_sampler(name: str, num_timesteps: int = 1000) -> UniformSampler | LossSecondMomentSampler:
