@@ -12,13 +12,19 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from edt.checkpoint import build, init_from, read_weights
-from edt.cli import check_tracker, exit_on_user_error, from_arguments, make_accelerator, start_tracker
-from edt.compilation import COMPILE
+from edt.cli import (
+    add_speed_arguments,
+    check_tracker,
+    exit_on_user_error,
+    from_arguments,
+    make_accelerator,
+    set_attention,
+    start_tracker,
+)
 from edt.features import open_features
 from edt.fit import FitConfig, fit, log_to, write_sample_grid
 from edt.models import EDT_models
 from edt.optim import OPTIMIZERS
-from edt.precision import PRECISIONS
 from edt.runs import Run, locked, run_folder
 from edt.train import TrainConfig, Trainer, steps_per_epoch
 from edt.vae import load_vae
@@ -67,9 +73,8 @@ def parser() -> argparse.ArgumentParser:
                    help="of a step's two passes: independent as in the release, shared as in the paper's Eq. 3")  # fmt: skip
     g.add_argument("--schedule-sampler", "--schedule_sampler", choices=["uniform", "loss-second-moment"],
                    default="loss-second-moment")  # fmt: skip
-    g.add_argument("--precision", choices=PRECISIONS, default="tf32")
-    g.add_argument("--compile", choices=COMPILE, default="off", help="; ".join(f"{k}: {what}" for k, what in COMPILE.items()))
     g.add_argument("--global-seed", type=int, default=42, dest="seed")
+    add_speed_arguments(p.add_argument_group("speed"))
     return p
 
 
@@ -88,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)  # of the initial weights
     model = build(args.model, input_size=side, in_channels=channels, num_classes=features.num_classes)
     started_from = init_from(model, read_weights(args.init_from)[0]) if args.init_from else {}
+    set_attention(model, args.attention, accelerator.device)
     trainer = Trainer(model, config, accelerator, args.mini_batch_size, args.separate_passes, args.compile)
 
     folder = broadcast_object_list([run_folder(args.run_dir, args.results_dir, args.model, args.resume)])[0]

@@ -15,10 +15,12 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import filter_trackers
 
+from edt.attention import PATHS
 from edt.checkpoint import load_model
+from edt.compilation import COMPILE, compile_network
 from edt.errors import UserError
 from edt.models import EDT, EDT_models
-from edt.precision import PRECISIONS
+from edt.precision import PRECISIONS, round_weights
 from edt.sampling import CFG_CHANNELS, SOLVERS, Recipe
 from edt.vae import LatentVAE, PixelVAE, load_vae
 
@@ -97,6 +99,20 @@ def find_place() -> Place:
     return Place(rank, world_size, torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu"))
 
 
+def add_speed_arguments(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """What training and sampling take: the same results, to rounding, at another speed."""
+    p.add_argument("--precision", choices=PRECISIONS, default="tf32")
+    p.add_argument("--compile", choices=COMPILE, default="off", help="; ".join(f"{k}: {what}" for k, what in COMPILE.items()))
+    p.add_argument("--attention", choices=PATHS, default="auto", help="; ".join(f"{k}: {what}" for k, what in PATHS.items()))
+
+
+def set_attention(model: EDT, path: str, device: torch.device) -> None:
+    """Raises a UserError if the path does not run on the device."""
+    if path == "triton" and device.type != "cuda":
+        raise UserError(f"--attention triton needs a GPU, and this is the {device.type}; leave it to auto")
+    model.set_attention(path)
+
+
 def add_sampling_arguments(
     p: argparse.ArgumentParser, *, cfg_scale: float, amm: Callable = true_or_false, amm_values: str = "True|False"
 ) -> None:
@@ -119,7 +135,7 @@ def add_sampling_arguments(
     )  # fmt: skip
     p.add_argument("--num-sampling-steps", default="250", help="250; with ddpm and ddim also ddim50, or sections like 10,15,25")
     p.add_argument("--solver", choices=SOLVERS, default="ddpm", help="ddpm: the release's; dpm++ and unipc for few steps")
-    p.add_argument("--precision", choices=PRECISIONS, default="tf32")
+    add_speed_arguments(p)
     g = p.add_argument_group("Attention Modulation Matrix")
     g.add_argument("--amm", nargs="?", const=True, type=amm, metavar=amm_values)
     g.add_argument("--no-amm", dest="amm", action="store_false")
@@ -145,13 +161,17 @@ def load_for_sampling(args: argparse.Namespace, device: torch.device) -> tuple[E
     model, notes = load_model(args.ckpt, args.model, which=args.weights, num_classes=args.num_classes)
     trained_on = notes.get("features", {})
     vae_name = args.vae or trained_on.get("vae", "ema")
-    vae = load_vae(vae_name, device)
+    vae = load_vae(vae_name, device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
     image_size = model.config.input_size * vae.downsampling
     if args.image_size not in (None, image_size):
         raise UserError(f"{args.ckpt} makes images of {image_size} pixels, not {args.image_size}; leave --image-size out")
     if vae.channels != model.in_channels:
         raise UserError(f"the VAE {vae_name} has {vae.channels} latent channels, the model {model.in_channels}; give its --vae")
     notes = {**notes, "features": {**trained_on, "vae": vae_name, "image_size": image_size}}
+    set_attention(model, args.attention, device)
+    if args.precision == "bf16":
+        round_weights(model)
+    compile_network(model, args.compile)
     return model.to(device), vae, notes
 
 

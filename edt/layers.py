@@ -1,6 +1,5 @@
 """Building blocks of EDT (paper, section 3.1 and Figure 3). Shapes: B images, N = grid^2 tokens, C channels, D = width of c."""
 
-import contextlib
 import math
 
 import torch
@@ -9,6 +8,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from edt.attention import attention
+from edt.precision import no_autocast
 
 HEAD_DIM = 52  # head width in every stage of every model size
 
@@ -61,7 +61,9 @@ class AdaLN(nn.Sequential):
         self.parts = parts
 
     def forward(self, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return super().forward(c).float().chunk(self.parts, dim=1)  # bfloat16 has no room for 1 + scale
+        vectors = super().forward(c)
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # bfloat16 has no room for 1 + scale
+        return vectors.chunk(self.parts, dim=1)
 
 
 class TimestepEmbedder(nn.Module):
@@ -121,10 +123,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.rel_pos_bias = RelativePositionBias(grid, self.heads)
         self.register_buffer("modulation", None, persistent=False)  # (N, N), see edt.amm
+        self.path = "auto"  # see edt.attention
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, HEAD_DIM))
-        return self.proj(attention(qkv, self.rel_pos_bias(), self.modulation))
+        return self.proj(attention(qkv, self.rel_pos_bias(), self.modulation, self.path))
 
 
 class Block(nn.Module):
@@ -209,9 +212,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = AdaLN(cond_dim, dim)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        device, dtype = x.device.type, self.linear.weight.dtype
-        autocasts = torch.amp.is_autocast_available(device)  # not on "meta"
-        with torch.autocast(device, enabled=False) if autocasts else contextlib.nullcontext():
+        dtype = self.linear.weight.dtype
+        with no_autocast(x.device):
             x, c = x.to(dtype), c.to(dtype)
             x = self.linear(modulate(layer_norm(x), *self.adaLN_modulation(c)))
         return unmerge(x, self.patch_size).permute(0, 3, 1, 2)

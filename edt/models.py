@@ -15,6 +15,7 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 from edt.amm import Modulation, Placement, modulation_matrix, paper_radius
+from edt.attention import PATHS
 from edt.errors import UserError
 from edt.layers import (
     HEAD_DIM,
@@ -257,6 +258,13 @@ class EDT(nn.Module):
             block.attn.modulation = matrices[i].to(biases[i].relative_position_bias_table) if i in matrices else None
         self.modulations = tuple(Modulation(i, form, radii[i]) for i in blocks)
         return tuple(blocks)
+
+    def set_attention(self, path: str) -> None:
+        """How attention is computed: a key of edt.attention.PATHS."""
+        if path not in PATHS:
+            raise UserError(f"unknown attention path {path!r}; choose one of {', '.join(PATHS)}")
+        for block in self.blocks:
+            block.attn.path = path
 
     def _auto_blocks(self, cfg_scale: float, at_512: bool) -> tuple[int, ...]:
         placement = self.config.amm

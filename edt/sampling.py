@@ -97,6 +97,7 @@ def sample_latents(
     """Latents of images ``indices`` with ``labels``, (n, C, S, S) on the model's device."""
     device, config = model.pos_embed.device, model.config
     shape = (config.in_channels, config.input_size, config.input_size)
+    indices = indices.to(device)
 
     def noise_at(i: int) -> torch.Tensor:
         """The noise of loop step i = 1, 2, ...; 0 is what the loop starts from."""
@@ -146,10 +147,53 @@ def generate(
     """
     if labels is None:
         labels = recipe.labels_of(indices, model.num_classes)
+    device = model.pos_embed.device
+    decoder = torch.cuda.Stream(device) if device.type == "cuda" else None
+    waiting: _Decoding | None = None
     for start in range(0, len(indices), batch_size):
         some, their_labels = indices[start : start + batch_size], labels[start : start + batch_size]
-        images = vae.decode(sample_latents(model, recipe, some, their_labels, progress))
-        broken = ~images.isfinite().flatten(1).all(dim=1).cpu()
-        if broken.any():
-            raise UserError(f"images {some[broken].tolist()} are not finite; are the weights whole? try --precision fp32")
-        yield Batch(some, to_uint8(images).cpu(), their_labels)
+        latents = sample_latents(model, recipe, some, their_labels, progress)
+        decoding = _decode(vae, Batch(some, latents, their_labels), decoder)
+        if decoder is None:
+            yield decoding.finish()
+        else:  # a GPU has denoised little yet: it decodes beside that, and the batch before is written meanwhile
+            if waiting is not None:
+                yield waiting.finish()
+            waiting = decoding
+    if waiting is not None:
+        yield waiting.finish()
+
+
+class _Decoding(NamedTuple):
+    """A batch that a GPU may still be busy with."""
+
+    batch: Batch
+    finite: torch.Tensor  # (n,) bool
+    done: torch.cuda.Event | None
+
+    def finish(self) -> Batch:
+        if self.done is not None:
+            self.done.synchronize()
+        if not self.finite.all():
+            broken = self.batch.indices[~self.finite].tolist()
+            raise UserError(f"images {broken} are not finite; are the weights whole? try --precision fp32")
+        return self.batch
+
+
+def _decode(vae: PixelVAE | LatentVAE, batch: Batch, stream: torch.cuda.Stream | None) -> _Decoding:
+    """Latents to images on the CPU; on a GPU in a stream beside the denoising, without waiting."""
+    if stream is None:
+        images = vae.decode(batch.images)
+        return _Decoding(batch._replace(images=to_uint8(images).contiguous()), _finite(images), None)
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        batch.images.record_stream(stream)
+        images = vae.decode(batch.images)
+        on_host = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
+                   for part in (to_uint8(images), _finite(images))]  # fmt: skip
+    return _Decoding(batch._replace(images=on_host[0]), on_host[1], stream.record_event())
+
+
+def _finite(images: torch.Tensor) -> torch.Tensor:
+    """(n,) bool."""
+    return images.isfinite().flatten(1).all(dim=1)

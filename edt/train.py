@@ -94,9 +94,7 @@ class Trainer:
         allow_tf32(config.precision)
         self.model = model.to(accelerator.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = create_optimizer(
-            config.optimizer, self.model.parameters(), config.init_lr, compiled=compile != "off"
-        )
+        self.optimizer = create_optimizer(config.optimizer, self.model.parameters(), config.init_lr, compiled=compile != "off")
         self.averages = list(self.ema.parameters())
         compile_network(self.model, compile)
         self.wrapped = accelerator.prepare_model(self.model)  # distributed, and in autocast if asked

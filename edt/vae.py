@@ -7,6 +7,8 @@ import torch
 
 from edt.errors import UserError
 
+DECODE_BATCH = 32  # images: one of 256 pixels takes 34 MB a tensor in the decoder's last layers, as much as a GPU needs
+
 
 class PixelVAE:
     """No VAE: images in [-1, 1] are the latents."""
@@ -25,6 +27,9 @@ class PixelVAE:
 class LatentVAE:
     """A diffusers ``AutoencoderKL`` with its scaling factor.
 
+    Args:
+        dtype: what it computes in; takes and returns float32.
+
     Attributes:
         channels: of the latent.
         downsampling: image pixels per latent pixel along a side.
@@ -32,8 +37,7 @@ class LatentVAE:
         sha256: of the weights, whatever file they came from.
     """
 
-    def __init__(self, autoencoder: torch.nn.Module):
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
+    def __init__(self, autoencoder: torch.nn.Module, dtype: torch.dtype = torch.float32):
         self.channels = autoencoder.config.latent_channels
         self.downsampling = 2 ** (len(autoencoder.config.block_out_channels) - 1)
         self.scaling_factor = autoencoder.config.scaling_factor
@@ -41,20 +45,22 @@ class LatentVAE:
         for name, value in sorted(autoencoder.state_dict().items()):
             digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         self.sha256 = digest.hexdigest()
+        self.autoencoder = autoencoder.eval().requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> mean and deviation of the latents' posterior, (B, C, h, w) each."""
-        posterior = self.autoencoder.encode(images).latent_dist
-        return posterior.mean * self.scaling_factor, posterior.std * self.scaling_factor
+        posterior = self.autoencoder.encode(images.to(self.autoencoder.dtype)).latent_dist
+        return posterior.mean.float() * self.scaling_factor, posterior.std.float() * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W), nominally in [-1, 1]."""
-        return self.autoencoder.decode(latents / self.scaling_factor).sample
+        parts = (latents / self.scaling_factor).to(self.autoencoder.dtype).split(DECODE_BATCH)
+        return torch.cat([self.autoencoder.decode(part).sample.float() for part in parts])
 
 
-def load_vae(name: str, device: torch.device | str = "cpu") -> PixelVAE | LatentVAE:
+def load_vae(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> PixelVAE | LatentVAE:
     """Load a VAE.
 
     Args:
@@ -72,7 +78,7 @@ def load_vae(name: str, device: torch.device | str = "cpu") -> PixelVAE | Latent
     from diffusers import AutoencoderKL  # slow to import, and pixels do without
 
     try:
-        return LatentVAE(AutoencoderKL.from_pretrained(name).to(device))
+        return LatentVAE(AutoencoderKL.from_pretrained(name).to(device), dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(

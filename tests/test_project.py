@@ -20,7 +20,8 @@ import train_mask_adan
 LAYERS = [
     {"errors"},
     {"files"},
-    {"images", "amm", "attention", "masking", "precision", "randomness", "ema", "grids", "plots", "classes", "metrics"},
+    {"precision"},
+    {"images", "amm", "attention", "masking", "randomness", "ema", "grids", "plots", "classes", "metrics"},
     {"layers", "diffusion", "optim", "vae"},
     {"models", "features"},
     {"checkpoint", "draws", "extraction", "compilation"},

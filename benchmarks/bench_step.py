@@ -1,0 +1,99 @@
+"""A training step - both passes, optimizer, EMA, the step's draws - against the released arithmetic, in one run.
+
+    python benchmarks/bench_step.py --json                    # EDT-S/2, batch 8 on a CPU, 256 on a GPU
+    python benchmarks/bench_step.py --precision fp32 --json   # a machine without bfloat16
+
+Latents are random; the time does not depend on them. Data loading is measured by bench_loader.py.
+"""
+
+import argparse
+import copy
+import sys
+
+import measure
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from reference import ReferenceStep
+
+from edt.compilation import COMPILE
+from edt.flops import forward_flops, peak_flops
+from edt.models import EDT, EDT_models
+from edt.precision import PRECISIONS, allow_tf32
+from edt.train import TrainConfig, Trainer
+
+GATES = {"fp32": 1e-5, "tf32": 2e-2, "bf16": 2e-2}  # relative error of losses; gradients get five times as much
+
+
+def make_model(name: str) -> EDT:
+    """With every weight drawn: the initial zeros would hide most of the network."""
+    torch.manual_seed(0)
+    model = EDT_models[name]()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def make_trainer(args: argparse.Namespace, noise: str, compile: str) -> Trainer:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    bf16 = "bf16" if args.precision == "bf16" else "no"
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=bf16)
+    config = TrainConfig(global_batch_size=args.batch_size, noise=noise, precision=args.precision)
+    return Trainer(make_model(args.model), config, accelerator, compile=compile)
+
+
+def gates(trainer: Trainer, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    """Losses and gradients of a fast step against two passes of the released arithmetic with the same draws."""
+    reference = ReferenceStep(copy.deepcopy(trainer.model), None)
+    draws, losses = trainer.draw(), []
+    for one in draws.passes:
+        labels = torch.where(one.drop, trainer.model.num_classes, y)
+        terms = reference.diffusion.training_losses(reference.model, x, draws.t, one.noise, {"y": labels, "masks": one.masks})
+        losses.append(terms["loss"])
+    sum((draws.weight * loss).mean() for loss in losses).backward()
+    report = trainer.update(x, y, draws)
+    both = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (trainer.model, reference.model)]
+    return {"losses": measure.relative_error(report.losses, torch.stack(losses, dim=1)),
+            "gradients": measure.relative_error(*both)}  # fmt: skip
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="EDT-S/2", choices=EDT_models)
+    p.add_argument("--batch-size", type=int, help="default: 8 on a CPU, 256 on a GPU")
+    p.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the fast rows")
+    p.add_argument("--compile", nargs="*", choices=COMPILE, default=["off"], help="a row for each")
+    p.add_argument("--steps", type=int, default=10)
+    measure.add_arguments(p)
+    args = p.parse_args()
+    device = torch.device(args.device)
+    args.batch_size = args.batch_size or (256 if device.type == "cuda" else 8)
+    x = torch.randn(args.batch_size, 4, 32, 32, device=device)
+    y = torch.randint(1000, (args.batch_size,), device=device)
+
+    allow_tf32("tf32")  # the reference's; only a GPU has it
+    base = make_model(args.model).to(device)
+    reference = ReferenceStep(base, copy.deepcopy(base))
+    rows, errors = {"reference": lambda: reference(x, y)}, {}
+    for compile in args.compile:
+        for noise in ("independent", "shared"):
+            trainer = make_trainer(args, noise, compile)
+            suffix = "" if compile == "off" else f", compile {compile}"
+            errors |= {f"{noise}{suffix}: {what}": value for what, value in gates(trainer, x, y).items()}
+            rows[f"{args.precision}, {noise}{suffix}"] = lambda trainer=trainer: trainer.update(x, y, trainer.draw())
+    result = measure.in_turn(rows, args.steps, device)
+    flops, peak = 6 * forward_flops(trainer.model.config) * args.batch_size, peak_flops(device, args.precision)
+    for row in result.values():
+        row["images_per_sec"] = args.batch_size / row["median_sec"]
+        row["model_tflops_per_sec"] = flops / row["median_sec"] / 1e12
+        row["model_flops_utilization"] = peak and flops / row["median_sec"] / peak
+    kind = "gpu" if device.type == "cuda" else "cpu"
+    measure.finish(f"step-{kind}-{args.model.split('/')[0]}-{args.precision}", args, device, result, errors)
+    limit = GATES[args.precision]
+    wrong = [name for name, error in errors.items() if not error <= limit * (5 if "gradients" in name else 1)]
+    return f"error: {', '.join(wrong)} differ from the reference's" if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
