@@ -288,7 +288,7 @@ def chunk_images(images: int, heads: int, tiles: int) -> int:
 
     The device is not asked, so that the order of the sum is the same on all.
     """
-    return max(1, triton.cdiv(images * heads * tiles, 768))
+    return max(1, triton.cdiv(images, max(1, 768 // (heads * tiles))))
 
 
 def _launch(kernel: str, qkv: Tensor, *others: Tensor | None) -> None:
