@@ -45,16 +45,10 @@ def make_trainer(args: argparse.Namespace, noise: str, compile: str) -> Trainer:
 
 def gates(trainer: Trainer, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
     """Losses and gradients of a fast step against two passes of the released arithmetic with the same draws."""
-    reference = ReferenceStep(copy.deepcopy(trainer.model), None)
-    draws, losses = trainer.draw(), []
-    for one in draws.passes:
-        labels = torch.where(one.drop, trainer.model.num_classes, y)
-        terms = reference.diffusion.training_losses(reference.model, x, draws.t, one.noise, {"y": labels, "masks": one.masks})
-        losses.append(terms["loss"])
-    sum((draws.weight * loss).mean() for loss in losses).backward()
-    report = trainer.update(x, y, draws)
+    reference, draws = ReferenceStep(copy.deepcopy(trainer.model), None), trainer.draw()
+    losses, report = reference.backward(x, y, draws), trainer.update(x, y, draws)
     both = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (trainer.model, reference.model)]
-    return {"losses": measure.relative_error(report.losses, torch.stack(losses, dim=1)),
+    return {"losses": measure.relative_error(report.losses, losses),
             "gradients": measure.relative_error(*both)}  # fmt: skip
 
 

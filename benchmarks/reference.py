@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from edt.diffusion import GaussianDiffusion, linear_betas, respaced_timesteps
+from edt.draws import PassDraws, StepDraws
 from edt.layers import HEAD_DIM, Attention, Block, layer_norm
-from edt.masking import draw_masks
+from edt.masking import TokenMasks, draw_masks
 from edt.models import EDT
 from edt.optim import BETAS
 
@@ -56,29 +57,39 @@ class HostTables(GaussianDiffusion):
 class ReferenceStep:
     """A training step as released; call it with latents and labels on the model's device."""
 
-    def __init__(self, model: EDT, ema: nn.Module, decay: float = 0.9999):
+    def __init__(self, model: EDT, ema: nn.Module, decay: float = 0.9999, lr: float = 1e-3):
         self.model, self.ema, self.decay, self.diffusion = released(model), ema, decay, HostTables()
-        self.optimizer = timm.optim.Adan(model.parameters(), lr=1e-3, betas=BETAS)
+        self.optimizer = timm.optim.Adan(model.parameters(), lr=lr, betas=BETAS)
         self.history, self.counts = np.zeros((1000, 10)), np.zeros(1000, dtype=int)
         self.rng, self.generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         t, weight = (torch.from_numpy(each).to(x.device) for each in self._timesteps(len(x)))
-        total = 0
-        for masked in (False, True):
-            masks = draw_masks(len(x), self.model.config.grid, self.generator) if masked else None
-            masks = masks and type(masks)(*(mask if mask is None else mask.to(x.device) for mask in masks))
-            labels = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.model.num_classes, y)
-            terms = self.diffusion.training_losses(self.model, x, t, torch.randn_like(x), {"y": labels, "masks": masks})
-            total = total + terms["loss"]
+        masks = draw_masks(len(x), self.model.config.grid, self.generator)
+        masks = TokenMasks(*(mask if mask is None else mask.to(x.device) for mask in masks))
+        full, masked = (PassDraws(torch.randn_like(x), torch.rand(len(y), device=y.device) < 0.1) for _ in range(2))
+        self.update(x, y, StepDraws(t, weight, (full, masked._replace(masks=masks))))
+
+    def backward(self, x: torch.Tensor, y: torch.Tensor, draws: StepDraws) -> torch.Tensor:
+        """Gradients; returns the losses, (B, passes)."""
+        losses = []
+        for one in draws.passes:
+            kwargs = {"y": torch.where(one.drop, self.model.num_classes, y), "masks": one.masks}
+            losses.append(self.diffusion.training_losses(self.model, x, draws.t, one.noise, kwargs)["loss"])
+        (sum(losses) * draws.weight).mean().backward()
+        return torch.stack(losses, dim=1).detach()
+
+    def update(self, x: torch.Tensor, y: torch.Tensor, draws: StepDraws) -> torch.Tensor:
+        """A whole step with these draws; returns the losses, (B, passes)."""
         self.optimizer.zero_grad()
-        (total * weight).mean().backward()
-        for step, loss in zip(t, total.detach(), strict=True):
+        losses = self.backward(x, y, draws)
+        for step, loss in zip(draws.t, losses.sum(dim=1), strict=True):
             self._remember(step.item(), loss.item())
         self.optimizer.step()
         with torch.no_grad():
             for average, parameter in zip(self.ema.parameters(), self.model.parameters(), strict=True):
                 average.mul_(self.decay).add_(parameter, alpha=1 - self.decay)
+        return losses
 
     def _timesteps(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         p = np.full(1000, 1e-3)

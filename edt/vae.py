@@ -45,7 +45,9 @@ class LatentVAE:
         for name, value in sorted(autoencoder.state_dict().items()):
             digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         self.sha256 = digest.hexdigest()
-        self.autoencoder = autoencoder.eval().requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last)
+        # diffusers' own .to() warns of layers that want float32; an autoencoder has none.
+        torch.nn.Module.to(autoencoder, dtype=dtype, memory_format=torch.channels_last)
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,6 +33,34 @@ def test_adan_is_the_official_one(key, weight_decay):
     assert len(met) == 4 and max(met.values()) <= 1e-6
 
 
+def test_a_step_called_off_leaves_no_trace_even_the_first():
+    gradients = [torch.full((3,), float("nan")), torch.tensor([1.0, -2.0, 0.5]), torch.full((3,), float("inf")),
+                 torch.tensor([0.3, 0.1, -1.0])]  # fmt: skip
+
+    def run(gradients):
+        p, average = torch.nn.Parameter(torch.ones(3)), torch.zeros(3)
+        optimizer = create_optimizer("adan", [p], 1e-2)
+        for gradient in gradients:
+            p.grad = gradient
+            optimizer.step(apply=gradient.isfinite().all(), averages=[average], average_decay=0.9)
+        return [p.detach(), average, *optimizer.state[p].values()], optimizer.param_groups[0]["step"]
+
+    (all_of_them, steps), (finite_only, fewer) = run(gradients), run([gradients[1], gradients[3]])
+    assert all(torch.equal(*pair) for pair in zip(all_of_them, finite_only, strict=True)) and steps == fewer == 2
+    assert not torch.equal(all_of_them[0], torch.ones(3)) and all_of_them[1].any()
+
+
+def test_adan_averages_what_update_ema_would():
+    p = torch.nn.Parameter(torch.randn(5))
+    model, ema = torch.nn.ParameterList([p]), torch.nn.ParameterList([torch.zeros(5)])
+    average, optimizer = torch.zeros(5), create_optimizer("adan", [p], 1e-2)
+    for _ in range(3):
+        p.grad = torch.randn(5)
+        optimizer.step(averages=[average], average_decay=0.9)
+        update_ema(ema, model, 0.9)
+    torch.testing.assert_close(average, ema[0].detach())
+
+
 def test_adan_pytorch_differs_by_what_its_help_says(caplog):
     steps = dict(trajectory("adan-pytorch", 0.0))
     assert "0.0066" in caplog.text and "0.012" in caplog.text

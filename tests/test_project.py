@@ -19,7 +19,7 @@ import train_mask_adan
 # Who may import whom: a module imports from the rows above its own only. Packages count as one module.
 LAYERS = [
     {"errors"},
-    {"precision", "attention_triton"},
+    {"files", "precision", "attention_triton"},
     {"images", "amm", "attention", "masking", "randomness", "ema", "grids", "plots", "classes", "metrics"},
     {"layers", "diffusion", "optim", "vae"},
     {"models", "features"},

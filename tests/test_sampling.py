@@ -1,3 +1,4 @@
+import copy
 import zipfile
 
 import golden_rule
@@ -8,6 +9,7 @@ import torch
 from edt.checkpoint import build
 from edt.errors import UserError
 from edt.npz import SampleArchive
+from edt.precision import round_weights
 from edt.sampling import Recipe, generate
 from edt.vae import PixelVAE, load_vae, to_uint8
 
@@ -63,6 +65,16 @@ def test_images_that_are_not_finite_are_named(model):
         draw(broken, Recipe(num_sampling_steps="2", labels="balanced"), [10, 12, 13], 3)
 
 
+def test_rounded_weights_draw_the_same_images(model):
+    recipe = Recipe(num_sampling_steps="3", cfg_scale=2.0, precision="bf16")
+    rounded = copy.deepcopy(model)
+    round_weights(rounded)
+    drawn = [draw(one, recipe, [0, 1, 2], 3) for one in (model, rounded)]
+    assert all(torch.equal(drawn[0][i][0], drawn[1][i][0]) for i in range(3))
+    kinds = {name: p.dtype for name, p in rounded.named_parameters()}
+    assert kinds["blocks.0.mlp.fc1.weight"] == torch.bfloat16 and kinds["final_layer.linear.weight"] == torch.float32
+
+
 def test_bytes_are_adms():
     x = torch.tensor([-2.0, -1.0, -0.9999, 0.0, 0.5, 1.0, 3.0]).view(1, 1, 1, -1).expand(1, 3, 1, 7)
     assert to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 0, 128, 191, 255, 255]
@@ -88,6 +100,12 @@ def test_sd_vae_form(tmp_path):
     torch.testing.assert_close(deviation, 0.18215 * posterior.std)
     assert vae.sha256 == load_vae(str(tmp_path)).sha256 and len(vae.sha256) == 64
     torch.testing.assert_close(vae.decode(latents), vae.autoencoder.decode(latents / 0.18215).sample)
+    many = latents.repeat(20, 1, 1, 1)  # more than it decodes at once
+    torch.testing.assert_close(vae.decode(many)[-2:], vae.decode(latents))
+    rounded = load_vae(str(tmp_path), dtype=torch.bfloat16)
+    decoded = rounded.decode(latents)
+    assert decoded.dtype == torch.float32 and rounded.sha256 == vae.sha256 and not torch.equal(decoded, vae.decode(latents))
+    assert (decoded - vae.decode(latents)).norm() < 0.05 * vae.decode(latents).norm()
 
 
 def test_archive_is_an_npz_whoever_fills_it(tmp_path):

@@ -1,25 +1,30 @@
 import dataclasses
+import shutil
 
 import golden_rule
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from edt.checkpoint import build
 from edt.draws import PassDraws, StepDraws
 from edt.errors import UserError
+from edt.fit import Meter
 from edt.masking import TokenMasks
 from edt.train import BatchIndices, TrainConfig, Trainer
 
 GOLDEN = golden_rule.load("train_s.npz")
 
 
-def tiny_trainer(micro_batch_size: int | None = None, separate_passes: bool = False, **config) -> Trainer:
+def tiny_trainer(
+    micro_batch_size: int | None = None, separate_passes: bool = False, compile: str = "off", **config
+) -> Trainer:
     torch.manual_seed(0)
     model = golden_rule.fill(build("EDT-Tiny/2", input_size=16, in_channels=3, num_classes=5))
     config = TrainConfig(**{"global_batch_size": 6, "ema_decay": 0.9, "lr_steps": 40, **config})
-    return Trainer(model, config, Accelerator(cpu=True), micro_batch_size, separate_passes)
+    return Trainer(model, config, Accelerator(cpu=True), micro_batch_size, separate_passes, compile)
 
 
 def batch(step: int, size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,6 +177,56 @@ def test_a_step_that_is_not_finite_leaves_no_trace(where):
         handle.remove()
     report = trainer.update(*batch(2), trainer.draw())
     assert report.applied and trainer.bad_steps == 1 and report.grad_norm.isfinite()
+
+
+class NoAnswers(TorchDispatchMode):
+    """Fails where a value of a tensor, or a shape that depends on it, is asked for: on a GPU the host would wait there."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "unique"), operation
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("noise", ["independent", "shared"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_a_step_never_asks_the_device(noise, clip):
+    trainer = tiny_trainer(noise=noise, clip=clip)
+    meter, (x, y) = Meter(trainer), batch(0)
+    with NoAnswers():
+        for _ in range(2):
+            draws = trainer.draw()
+            meter.add(trainer.update(trainer.latents(x), y, draws), draws)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            bool(trainer.bad_steps)
+    assert meter.read(1)["loss"] > 0 and trainer.bad_in_a_row == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_on_a_gpu_never_waits_for_it():
+    model = golden_rule.fill(build("EDT-Tiny/2", input_size=16, in_channels=3, num_classes=5))
+    trainer = Trainer(model, TrainConfig(global_batch_size=6, precision="bf16"), Accelerator(mixed_precision="bf16"))
+    x, y = (tensor.cuda() for tensor in batch(0))
+    trainer.update(x, y, trainer.draw())  # the first makes the tables and the optimizer's state
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.update(x, y, trainer.draw())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.bad_steps == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("compile", ["block", "full"])
+def test_compiled_steps_are_the_same(compile):
+    plain, compiled = tiny_trainer(noise="shared"), tiny_trainer(noise="shared", compile=compile)
+    for step in range(2):
+        losses = [trainer.update(*batch(step), trainer.draw()).losses for trainer in (plain, compiled)]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+        same_gradients(plain.model, compiled.model)
+    assert plain.state()[0]["model"].keys() == compiled.state()[0]["model"].keys()
 
 
 def test_clipping():
