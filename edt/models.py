@@ -288,8 +288,8 @@ class EDT(nn.Module):
         return x
 
     def _hide(self, x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-        """A hidden token keeps its position only."""
-        if keep is None:
+        """EDT-XL's mask inside stage 1: a hidden token keeps its position only."""
+        if keep is None or self.config.mid_mask_block is None:
             return x
         keep = keep.unsqueeze(-1).to(x.dtype)
         return x * keep + self.pos_embed * (1 - keep)

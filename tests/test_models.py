@@ -123,6 +123,29 @@ def test_mid_mask_leaves_a_hidden_token_its_position_only():
     torch.testing.assert_close(model(x, t, y, ones._replace(mid=~hidden)), plain(x, t, y))
 
 
+@pytest.mark.parametrize("mid", [None, 0, 1])
+def test_masks_of_more_rows_repeat_the_batch_after_the_common_part(mid):
+    model = golden_rule.fill(EDT_models["EDT-Tiny/2"](input_size=16, depths=(2, 1, 1, 1, 1), mid_mask_block=mid))
+    x, t, y = golden_rule.normal(3, 2, 4, 16, 16), torch.tensor([10, 900]), torch.tensor([5, 1000])
+    masked = draw_masks(2, 8, torch.Generator().manual_seed(0), mid=MID_RATIO if mid is not None else None)
+    forked = model(x, t, y, masked.after_full_pass())
+    torch.testing.assert_close(forked, torch.cat([model(x, t, y), model(x, t, y, masked)]), rtol=1e-5, atol=1e-5)
+    assert (forked[:2] - forked[2:]).norm() > 1e-2 * forked.norm()
+
+
+@pytest.mark.parametrize(("name", "saved"), [("EDT-S/2", 0.1279), ("EDT-B/2", 0.1255), ("EDT-XL/2", 0.1056)])
+def test_a_common_part_saves_operations(name, saved):
+    def operations(copies):
+        rows = [torch.ones(copies, tokens, dtype=torch.bool) for tokens in (256, 64, 256)]
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 4, 32, 32), torch.zeros(1), None, TokenMasks(*rows))
+        return counter.get_total_flops()
+
+    with torch.device("meta"):
+        model = EDT_models[name]()
+        assert 1 - operations(2) / (2 * operations(1)) == pytest.approx(saved, abs=1e-4)
+
+
 def test_drawn_masks_have_the_papers_ratios_and_follow_the_generator():
     drawn = [draw_masks(64, 16, torch.Generator().manual_seed(seed), EDT_RATIOS, MID_RATIO) for seed in range(200)]
     for name, (low, high), tokens in (("down0", EDT_RATIOS[0], 256), ("down1", EDT_RATIOS[1], 64), ("mid", MID_RATIO, 256)):
