@@ -36,7 +36,7 @@ def compile_kernel(kernel: str, heads: int, tokens: int, arithmetic: str, modula
     dtype, pointer = ARITHMETIC[arithmetic]
     torch.backends.cuda.matmul.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
     meta = constants(kernel, (1, tokens, 3, heads, width), dtype)
-    options = {name: meta.pop(name) for name in ("num_warps", "num_stages")}
+    options = {name: meta.pop(name) for name in list(meta) if name.islower()}
     fixed = meta if modulated else {**meta, "modulation": None}
     types = dict.fromkeys(KERNELS[kernel].arg_names, "*fp32") | dict.fromkeys(("images", "chunk"), "i32")
     types |= dict.fromkeys(("qkv", "out", "grad_out", "grad_qkv"), pointer) | dict.fromkeys(fixed, "constexpr")

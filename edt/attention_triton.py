@@ -265,7 +265,7 @@ KERNELS = {"forward": _forward, "grad_q": _grad_q, "grad_kv": _grad_kv, "grad_bi
 
 
 def choose_tile(tokens: int, width: int, dtype: torch.dtype, precision: str) -> Tile:
-    """The largest that an H100 runs without spilling registers (benchmarks/report_kernels.py); its wgmma needs 64 owned rows."""
+    """The largest that compile for an H100 (next to) without spills, benchmarks/results; its wgmma needs 64 owned rows."""
     if tokens <= 16:
         return Tile(16, 16, 1, 1)
     if dtype != torch.float32:
@@ -274,13 +274,14 @@ def choose_tile(tokens: int, width: int, dtype: torch.dtype, precision: str) -> 
 
 
 def constants(kernel: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict:
-    """What one of KERNELS is compiled for, given the shape and dtype of qkv."""
+    """What one of KERNELS is compiled for, given the shape and dtype of qkv; options of the compiler in lower case."""
     _, tokens, _, heads, width = shape
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"  # of float32 products
     owned, taken, warps, stages = choose_tile(tokens, width, dtype, precision)
     queries, keys = (taken, owned) if kernel == "grad_kv" else (owned, taken)
     return {"HEADS": heads, "N": tokens, "D": width, "D_PAD": max(16, triton.next_power_of_2(width)), "SCALE": width**-0.5,
-            "QUERIES": queries, "KEYS": keys, "PRECISION": precision, "num_warps": warps, "num_stages": stages}  # fmt: skip
+            "QUERIES": queries, "KEYS": keys, "PRECISION": precision, "num_warps": warps, "num_stages": stages,
+            "enable_fp_fusion": True}  # fmt: skip
 
 
 def chunk_images(images: int, heads: int, tiles: int) -> int:

@@ -86,6 +86,11 @@ def errors(*case) -> dict[str, float]:
     return {name: float((got[name] - exact[name]).norm() / exact[name].norm().clamp(min=1)) for name in got}
 
 
+def within(found: dict[str, float], limit: float) -> bool:
+    """False for NaN, too, which max() may pass over."""
+    return all(error < limit for error in found.values())
+
+
 @launches
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("modulated", [False, True])
@@ -93,7 +98,7 @@ def errors(*case) -> dict[str, float]:
 def test_output_and_gradients(tokens, modulated, dtype):
     images, heads = (1, 1) if tokens > 64 and INTERPRETED else (3, 2)
     found = errors(*inputs(tokens, dtype, modulated, images, heads))
-    assert max(found.values()) < LIMITS[dtype], found
+    assert within(found, LIMITS[dtype]), found
 
 
 @launches
@@ -101,7 +106,7 @@ def test_output_and_gradients(tokens, modulated, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_other_head_widths(width, dtype):
     found = errors(*inputs(36, dtype, modulated=True, width=width))
-    assert max(found.values()) < LIMITS[dtype], found
+    assert within(found, LIMITS[dtype]), found
 
 
 @launches
@@ -109,7 +114,7 @@ def test_other_head_widths(width, dtype):
 def test_bias_gradient_of_images_in_ragged_chunks(chunk, monkeypatch):
     monkeypatch.setattr(attention_triton, "chunk_images", lambda images, heads, tiles: chunk)
     found = errors(*inputs(9, images=5))
-    assert max(found.values()) < 1e-5, found
+    assert within(found, 1e-5), found
 
 
 def test_chunks_are_many_but_not_too_many():
@@ -126,14 +131,14 @@ def test_scores_of_any_size():
     for shift in (-300, 300):
         qkv, bias, modulation, grad_out = inputs(9, modulated=True)
         found = errors(4 * qkv, bias + shift, modulation, grad_out)
-        assert max(found.values()) < 2e-4, found  # a float32 near 300 is that coarse
+        assert within(found, 2e-4), found  # a float32 near 300 is that coarse
 
 
 @launches
 def test_modulation_of_the_paper():
     qkv, bias, _, grad_out = inputs(64)
     found = errors(qkv, bias, modulation_matrix(8).to(DEVICE), grad_out)
-    assert max(found.values()) < 1e-5, found
+    assert within(found, 1e-5), found
 
 
 @launches
@@ -141,7 +146,7 @@ def test_bias_of_another_dtype_and_fewer_dimensions():
     qkv, _, modulation, grad_out = inputs(9, modulated=True)
     for bias in (torch.randn(2, 9, 9, dtype=torch.float16), torch.randn(9, 9, dtype=torch.float64)):
         found = errors(qkv, bias.to(DEVICE), modulation, grad_out)
-        assert max(found.values()) < 1e-3, found  # a float16 gradient
+        assert within(found, 1e-3), found  # a float16 gradient
 
 
 @launches
@@ -166,8 +171,9 @@ def test_operators_are_registered_soundly():
         _, delta = ops.attention_grad_qkv(qkv, bias, factor, out, grad_out, lse)
         leaves = qkv.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
         torch.library.opcheck(ops.attention.default, (*leaves, factor))
-    torch.library.opcheck(ops.attention_grad_qkv.default, (qkv, bias, modulation, out, grad_out, lse))
-    torch.library.opcheck(ops.attention_grad_bias.default, (qkv, bias, modulation, grad_out, lse, delta))
+    first_order = {"test_utils": ("test_schema", "test_faketensor")}  # gradients of gradients do not exist
+    torch.library.opcheck(ops.attention_grad_qkv.default, (qkv, bias, modulation, out, grad_out, lse), **first_order)
+    torch.library.opcheck(ops.attention_grad_bias.default, (qkv, bias, modulation, grad_out, lse, delta), **first_order)
 
 
 def check_compiled(backend: str) -> None:
@@ -198,7 +204,7 @@ def test_autocast_keeps_the_bias_in_float32():
     qkv, bias, modulation, grad_out = inputs(36, DTYPES[-1], modulated=True)
     with torch.autocast(DEVICE, dtype=DTYPES[-1]):
         found = errors(qkv, bias, modulation, grad_out)
-    assert max(found.values()) < 1e-2, found
+    assert within(found, 1e-2), found
 
 
 @launches
@@ -260,7 +266,8 @@ def test_kernels_compile_for_sm90():
 @outside
 @pytest.mark.slow
 def test_kernels_compile_for_sm90_at_every_shape():
-    check_report(report(), 3 * 6 * 8)
+    check_report(report("--arithmetic", "bf16"), 6 * 8)
+    check_report(report("--image-sizes", "256", "--tokens", "256", "--arithmetic", "tf32", "fp32"), 2 * 8)
 
 
 @outside
@@ -272,7 +279,7 @@ def test_benchmark_measures_every_path(tmp_path):
     assert list(paths) == ["released", "plain", "sdpa"] + ["triton"] * torch.cuda.is_available()
     for path in paths.values():
         assert path["forward"]["milliseconds"] > 0 and path["gradients"]["milliseconds"] > 0
-        assert max(path["relative_error"].values()) < 2e-2
+        assert within(path["relative_error"], 2e-2)
 
 
 @on_a_gpu
@@ -290,7 +297,7 @@ def test_gradients_repeat_bit_for_bit(tokens, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_shape_of_training(dtype):
     found = errors(*inputs(256, dtype, images=32, heads=6))
-    assert max(found.values()) < LIMITS[dtype], found
+    assert within(found, LIMITS[dtype]), found
 
 
 @on_a_gpu
