@@ -3,7 +3,8 @@
     python benchmarks/bench_evaluator.py images --count 2000 --backends torch tensorflow
     python benchmarks/bench_evaluator.py statistics --reference 10000 --samples 50000
 
-Every measurement is its own process, so that its peak memory is its own and no library's threads disturb another's.
+Every measurement is its own process, so that its peak memory is its own and no library's threads disturb another's. Beside
+the time that passed stands that of the CPU, which other work on the machine disturbs less.
 Without --inception the network has random weights: its scores mean nothing, its arithmetic is the same.
 """
 
@@ -44,7 +45,8 @@ def bench_images(args: argparse.Namespace) -> None:
             seconds = time.perf_counter() - start
             if status:
                 sys.exit(f"{backend} failed")
-            print(f"{backend}: {seconds:.0f} s, {2 * args.count / seconds:.1f} images/s, {gib(usage):.2f} GiB peak")
+            cpu_seconds = usage.ru_utime + usage.ru_stime
+            print(f"{backend}: {seconds:.0f} s, {cpu_seconds:.0f} s of CPU, {gib(usage):.2f} GiB peak")
             print("    " + ", ".join(lines), flush=True)
 
 
@@ -65,7 +67,7 @@ def run_statistic(statistic: str, reference_count: int, sample_count: int, devic
     from edt.metrics import StreamingMoments, frechet_distance, kernel_distance, precision_recall
 
     reference, samples = synthetic_features(1, reference_count), synthetic_features(2, sample_count)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     if statistic == "moments":
         streaming = StreamingMoments(2048, device)
         for row in range(0, len(samples), 64):
@@ -78,7 +80,8 @@ def run_statistic(statistic: str, reference_count: int, sample_count: int, devic
         value = kernel_distance(reference, samples, device=device)
     else:
         value = precision_recall(reference, samples, mode=statistic.rpartition("_")[2], device=device)
-    print(f"{statistic}: {time.perf_counter() - start:.1f} s ({value})", flush=True)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    print(f"{statistic}: {seconds:.1f} s, {cpu_seconds:.1f} s of CPU ({value})", flush=True)
 
 
 def synthetic_features(seed: int, count: int) -> np.ndarray:

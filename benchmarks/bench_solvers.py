@@ -1,15 +1,17 @@
 """How good images are after few steps: Fréchet distance and class accuracy against sampling steps, for every solver.
 
     make demo
-    python benchmarks/bench_solvers.py --ckpt runs/demo/run --images runs/demo/images --num-images 500
+    python benchmarks/bench_solvers.py
 
 For small images and a model trained on a folder of them: the distance is that of the pixels to the training images, and
-the classifier is a support vector machine fitted on these. Writes solvers.json and solvers.png.
+the classifier is a support vector machine fitted on these. AMM is off. Writes solvers.json (after every setting) and
+solvers.png, and prints the table of docs/sampling.md.
 """
 
 import argparse
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +33,10 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="runs/demo/run")
     p.add_argument("--images", type=Path, default=Path("runs/demo/images"), help="with sub-folders train and test")
-    p.add_argument("--num-images", type=int, default=500, help="drawn for each solver and number of steps")
+    p.add_argument("--num-images", type=int, default=360, help="of each setting; default: about as many as held back")
     p.add_argument("--solvers", nargs="+", choices=SOLVERS, default=SOLVERS)
     p.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50, 250])
-    p.add_argument("--cfg-scale", type=float, default=2.5, help="default: the demo's")
+    p.add_argument("--cfg-scale", type=float, default=3.0, help="default: the demo's")
     p.add_argument("--precision", choices=PRECISIONS, default="fp32")
     p.add_argument("--batch-size", type=int, default=250)
     p.add_argument("--output-dir", type=Path, default=Path("runs/demo/solvers"))
@@ -78,6 +80,20 @@ def plot(rows: list[dict], real: dict, picture: Path) -> None:
     figure.savefig(picture, dpi=120)
 
 
+def table(rows: list[dict], real: dict) -> str:
+    """Markdown: a line for each solver, a column for each number of steps."""
+
+    def cell(scores: dict) -> str:
+        return f"{scores['frechet_distance']:.2f}, {scores['class_accuracy']:.1%}"
+
+    columns = list(dict.fromkeys(row["steps"] for row in rows))
+    lines = [["distance, in class", *(f"{steps} steps" for steps in columns)], ["---"] * (1 + len(columns))]
+    for solver in dict.fromkeys(row["solver"] for row in rows):
+        lines.append([f"`{solver}`", *(cell(row) for row in rows if row["solver"] == solver)])
+    lines.append([f"{real['count']} held-back real images", *[cell(real)] * len(columns)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
@@ -87,6 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     classifier, reference = SVC().fit(train, train_labels), moments(train)
     real = {"frechet_distance": frechet_distance(*reference, *moments(test)),
             "class_accuracy": float(classifier.score(test, test_labels)), "count": len(test)}  # fmt: skip
+    about = {"weights_sha256": fingerprint_weights(args.ckpt), "num_images": args.num_images, "cfg_scale": args.cfg_scale,
+             "precision": args.precision, "seed": 0, "labels": "balanced", "amm": False,
+             "versions": {package: version(package) for package in ("torch", "diffusers", "scikit-learn")}}  # fmt: skip
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     for solver, steps in tqdm([(solver, steps) for solver in args.solvers for steps in args.steps], unit="settings"):
         recipe = Recipe(0, str(steps), solver, args.cfg_scale, args.precision, labels="balanced")
@@ -97,14 +117,9 @@ def main(argv: list[str] | None = None) -> int:
         labels = torch.cat([batch.labels for batch in batches]).numpy()
         rows.append({"solver": solver, "steps": steps, "frechet_distance": frechet_distance(*reference, *moments(images)),
                      "class_accuracy": float(classifier.score(images, labels)), "seconds": round(seconds, 1)})  # fmt: skip
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    about = {"weights_sha256": fingerprint_weights(args.ckpt), "num_images": args.num_images, "cfg_scale": args.cfg_scale,
-             "precision": args.precision, "seed": 0, "labels": "balanced"}  # fmt: skip
-    write_json(args.output_dir / "solvers.json", {**about, "held_back_real_images": real, "rows": rows})
+        write_json(args.output_dir / "solvers.json", {**about, "held_back_real_images": real, "rows": rows})
     plot(rows, real, args.output_dir / "solvers.png")
-    print("solver   steps  distance  in class")
-    for row in rows:
-        print(f"{row['solver']:8} {row['steps']:5} {row['frechet_distance']:9.3f} {row['class_accuracy']:9.1%}")
+    print(table(rows, real))
     print(args.output_dir / "solvers.json")
     return 0
 

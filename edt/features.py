@@ -91,12 +91,15 @@ class PackedFeatures(Features):
     """The packed layout, memory-mapped."""
 
     def __init__(self, path: Path, manifest: dict):
-        shape = manifest["shape"]
+        shape, shards = manifest["shape"], manifest["shards"]
+        # Fresh features are (count, orientations, 2C, H, W), with one orientation if made without flips; else (count, C, H, W).
+        self.orientations = shape[0] if manifest["draw"] == "fresh" else 1
         self.shards = [
-            self._map(path / shard["file"], (shard["count"], *shape), manifest["dtype"]) for shard in manifest["shards"]
+            self._map(path / shard["file"], (shard["count"], *shape), manifest["dtype"]).reshape(-1, *shape[-3:])
+            for shard in shards
         ]
-        self.starts = np.array([shard["start"] for shard in manifest["shards"]])
-        counts = [len(shard) for shard in self.shards]
+        self.starts = np.array([shard["start"] for shard in shards])
+        counts = [shard["count"] for shard in shards]
         if list(self.starts) != [sum(counts[:i]) for i in range(len(counts))] or sum(counts) != manifest["count"]:
             raise UserError(f"the shards of {path} do not make up {manifest['count']} images; run extract_features.py again")
         labels = self._map(path / "labels.npy", (manifest["count"],), "int64")
@@ -106,7 +109,7 @@ class PackedFeatures(Features):
     @staticmethod
     def _map(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            array = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))  # a memmap object is slower to index
         except (OSError, ValueError, EOFError):
             raise UserError(f"cannot read {file}; it is missing or cut short: run extract_features.py again") from None
         if array.shape != shape or array.dtype != dtype:
@@ -114,13 +117,12 @@ class PackedFeatures(Features):
         return array
 
     def _read(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
-        rows = np.empty((len(indices), (1 + self.fresh) * self.latent_shape[0], *self.latent_shape[1:]), np.float32)
-        owner = np.searchsorted(self.starts, indices, side="right") - 1
-        order = np.argsort(owner, kind="stable")
-        for part in np.split(order, np.flatnonzero(np.diff(owner[order])) + 1):
-            shard, local = self.shards[owner[part[0]]], indices[part] - self.starts[owner[part[0]]]
-            # fresh: (count, orientations, 2C, H, W); without flips there is one orientation
-            rows[part] = shard[local, flips[part] % shard.shape[1]] if self.fresh else shard[local]
+        owners = np.searchsorted(self.starts, indices, side="right") - 1
+        places = (indices - self.starts[owners]) * self.orientations + flips % self.orientations
+        rows = np.empty((len(indices), *self.shards[0].shape[1:]), np.float32)
+        # One by one, each in one piece: indexing by arrays would copy everything twice.
+        for row, owner, place in zip(rows, owners.tolist(), places.tolist(), strict=True):
+            row[:] = self.shards[owner][place]
         return rows
 
 

@@ -3,7 +3,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 from PIL import Image
 
 
@@ -23,3 +23,24 @@ def test_solvers_are_compared_on_an_image_folder(trained, image_folder, tmp_path
     assert all(row["frechet_distance"] > 0 and 0 <= row["class_accuracy"] <= 1 for row in report["rows"])
     assert report["held_back_real_images"]["frechet_distance"] == pytest.approx(0, abs=1e-6)  # the same images here
     assert np.asarray(Image.open(tmp_path / "out" / "solvers.png")).std() > 0
+
+
+def test_solvers_are_compared_at_the_demos_guidance(monkeypatch):
+    pytest.importorskip("sklearn")
+    for folder in ("benchmarks", "tools"):
+        monkeypatch.syspath_prepend(ROOT / folder)
+    import bench_solvers
+    import demo
+
+    assert bench_solvers.parser().get_default("cfg_scale") == demo.CFG
+
+
+@pytest.mark.slow
+def test_layouts_of_features_are_compared(tmp_path):
+    done = run_script(sys.executable, "benchmarks/bench_loader.py", "--count", 600, "--seconds", 0.1, "--repeats", 1,
+                      "--folder", tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[2:6]] == [
+        "| packed, once", "| packed, fresh", "| npy, once", "| npy, once, as the release reads it"
+    ]  # fmt: skip
+    assert not list(tmp_path.iterdir())
