@@ -51,7 +51,8 @@ def sdpa(qkv: Tensor, bias: Tensor) -> Tensor:
 
 def paths(dtype: torch.dtype) -> dict[str, tuple[Callable, torch.dtype]]:
     """Name -> function of (qkv, bias), dtype of qkv."""
-    found = {"released": (functools.partial(attention, path="reference"), torch.float32), "plain": (functools.partial(attention, path="reference"), dtype), "sdpa": (sdpa, dtype)}
+    plain = functools.partial(attention, path="reference")
+    found = {"released": (plain, torch.float32), "plain": (plain, dtype), "sdpa": (sdpa, dtype)}
     if CUDA:
         from edt.attention_triton import triton_attention
 
