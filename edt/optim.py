@@ -17,8 +17,7 @@ OPTIMIZERS = {
     "adan-pytorch": "the adan-pytorch package: another update. Its first step moves nothing; after 60 steps on the "
     "reference trajectory its weights are off by 0.0066, where the official ones have moved by 0.012",
 }
-
-
+STATE = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")  # Adan's, of each parameter, under the release's names
 CPU_CHUNK = 2**17  # elements: what a pass reads and writes of seven tensors stays in the cache
 
 
@@ -76,7 +75,7 @@ class Adan(torch.optim.Optimizer):
                 average = next(averages, None)
                 if p.grad is not None:
                     self.state[p] = self.state[p] or {name: torch.zeros_like(p) for name in STATE}
-                    tensors = [p, p.grad, *(self.state[p][name] for name in STATE), *([] if average is None else [average])]
+                    tensors = [p, p.grad.contiguous(), *(self.state[p][name] for name in STATE), *([] if average is None else [average])]
                     for chunk in _chunks(tensors):
                         self._pass(chunk, scalars, group["eps"])
 
@@ -93,13 +92,10 @@ class Adan(torch.optim.Optimizer):
         return [scalar.float() for scalar in scalars]
 
 
-STATE = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")  # of each parameter, under the release's names
-
-
 def _chunks(tensors: Sequence[torch.Tensor]) -> Iterable[tuple[torch.Tensor, ...]]:
     """Flat pieces of tensors of one shape; whole on a GPU, whose passes no cache would hold."""
     size = CPU_CHUNK if tensors[0].device.type == "cpu" else tensors[0].numel()
-    return zip(*(tensor.detach().reshape(-1).split(size) for tensor in tensors), strict=True)
+    return zip(*(tensor.detach().view(-1).split(size) for tensor in tensors), strict=True)
 
 
 def create_optimizer(
