@@ -301,6 +301,8 @@ def _launch(kernel: str, qkv: Tensor, *others: Tensor | None) -> None:
         KERNELS[kernel][(programs,)](qkv, *others, **meta)
 
 
+# Opaque operators rather than triton_op: torch's FLOP counter does not run the kernels that it sees inside one, and TF32
+# is looked up at each call, as torch's own products do.
 @torch.library.custom_op("edt::attention", mutates_args=())
 def _attention(qkv: Tensor, bias: Tensor, modulation: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, N, heads * d) and, for the backward pass, lse (B, heads, N) float32. Inputs are contiguous, here and below."""
