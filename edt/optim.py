@@ -21,18 +21,20 @@ STATE = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")  # Adan's, of 
 CPU_CHUNK = 2**17  # elements: what a pass reads and writes of seven tensors stays in the cache
 
 
-def _adan(tensors: Sequence[torch.Tensor], scalars: Sequence[torch.Tensor], eps: float) -> None:
+def _adan(tensors: Sequence[torch.Tensor], scalars: Sequence[torch.Tensor | None]) -> None:
     """Algorithm 1 of Adan (Xie et al., 2022) in place, and the moving average of its result if there is one."""
     p, grad, exp_avg, exp_avg_diff, exp_avg_sq, neg_pre_grad, *average = tensors
-    apply, weight1, weight2, weight3, beta2, step1, step2, sqrt_correction3, decay, average_weight = scalars
+    apply, weight1, weight2, weight3, beta2, step1, step2, small, decay, average_weight = scalars
     grad = torch.where(apply > 0, grad, 0)
     diff = neg_pre_grad.add_(grad)
     exp_avg.lerp_(grad, weight1)
     exp_avg_diff.lerp_(diff, weight2)
     nesterov = torch.addcmul(grad, diff, beta2)
     exp_avg_sq.lerp_(nesterov.square_(), weight3)
-    denominator = torch.sqrt(exp_avg_sq, out=nesterov).div_(sqrt_correction3).add_(eps)
-    p.sub_((exp_avg * step1).div_(denominator)).sub_((exp_avg_diff * step2).div_(denominator)).mul_(decay)
+    denominator = torch.sqrt(exp_avg_sq, out=nesterov).add_(small)
+    p.addcdiv_(exp_avg * step1, denominator, value=-1).addcdiv_(exp_avg_diff * step2, denominator, value=-1)
+    if decay is not None:
+        p.mul_(decay)
     torch.lerp(diff, grad.neg(), apply, out=neg_pre_grad)  # -grad, or what it was
     for one in average:
         one.lerp_(p, average_weight)
@@ -77,19 +79,20 @@ class Adan(torch.optim.Optimizer):
                     self.state[p] = self.state[p] or {name: torch.zeros_like(p) for name in STATE}
                     tensors = [p, p.grad.contiguous(), *(self.state[p][name] for name in STATE), *([] if average is None else [average])]
                     for chunk in _chunks(tensors):
-                        self._pass(chunk, scalars, group["eps"])
+                        self._pass(chunk, scalars)
 
-    def _scalars(self, group: dict, applied: torch.Tensor, average_decay: float) -> list[torch.Tensor]:
+    def _scalars(self, group: dict, applied: torch.Tensor, average_decay: float) -> list[torch.Tensor | None]:
         """What a pass multiplies by, on the device; in a step called off all that changes something is 0."""
         (beta1, beta2, beta3), lr = group["betas"], group["lr"]
         step = group["step"].clamp(min=1)  # 0 only if called off
         later = (step > 1).to(applied)  # there is a gradient to differ from
+        root = (1 - beta3**step).sqrt()  # corrects sqrt(exp_avg_sq); multiplied into what it divides
         scalars = [
             applied, applied * (1 - beta1), applied * later * (1 - beta2), applied * (1 - beta3), later * beta2,
-            applied * lr / (1 - beta1**step), applied * lr * beta2 / (1 - beta2**step), (1 - beta3**step).sqrt(),
-            1 / (1 + applied * lr * group["weight_decay"]), applied * (1 - average_decay),
+            applied * lr * root / (1 - beta1**step), applied * lr * beta2 * root / (1 - beta2**step), group["eps"] * root,
+            1 / (1 + applied * lr * group["weight_decay"]) if group["weight_decay"] else None, applied * (1 - average_decay),
         ]  # fmt: skip
-        return [scalar.float() for scalar in scalars]
+        return [None if scalar is None else scalar.float() for scalar in scalars]
 
 
 def _chunks(tensors: Sequence[torch.Tensor]) -> Iterable[tuple[torch.Tensor, ...]]:
