@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test test-all lint check-adm clean
+.PHONY: install demo test test-all lint bench check-adm clean
 
 # One installation for the demo and the tests; repeated when pyproject.toml changes.
 install: $(VENV)/.installed
@@ -28,6 +28,14 @@ $(VENV)/.installed-tf: $(VENV)/.installed
 
 test-all: $(VENV)/.installed-tf lint
 	$(BIN)/python -m pytest -q
+
+# The rows of README's speed table that a CPU gives, about ten minutes; leave the machine alone meanwhile.
+bench: install
+	$(BIN)/python benchmarks/bench_step.py --compile off block --json
+	$(BIN)/python benchmarks/bench_step.py --precision fp32 --json
+	$(BIN)/python benchmarks/bench_sampling.py --json
+	$(BIN)/python benchmarks/bench_vae.py --json
+	$(BIN)/python benchmarks/table.py
 
 # OpenAI's published line for its own samples; EDT_ADM_FILES names the folder of the files (docs/evaluation.md).
 check-adm: install

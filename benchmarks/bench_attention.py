@@ -19,7 +19,6 @@ above 2e-2 the exit code is 1. Memory is what a call allocates at its peak, its 
 import argparse
 import functools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -31,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from measure import machine  # noqa: E402
+
 from edt.attention import attention  # noqa: E402
 from edt.precision import allow_tf32  # noqa: E402
 
@@ -138,15 +139,6 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
     return rows
 
 
-def hardware() -> dict:
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if not CUDA:
-        return {"device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), **versions}
-    import triton
-
-    return {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__, **versions}
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--images", type=int, default=256 if CUDA else 8)
@@ -161,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = parser().parse_args()
-    about = {**hardware(), **{name: getattr(args, name) for name in ("images", "heads", "tokens", "dtype", "repeats")}}
+    about = {**machine(torch.device(DEVICE)), **{name: getattr(args, name) for name in ("images", "heads", "tokens", "dtype", "repeats")}}
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     rows = run(args)
     print("path      part              ms  x released  TFLOP/s      MiB   error: out  grad_qkv  grad_bias")

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -56,15 +57,17 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 def machine(device: torch.device) -> dict:
     """Hardware and versions."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = next((line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")), platform.machine())
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else model,
         "cpu_threads": torch.get_num_threads(),
-        "avx512_bf16": "avx512_bf16" in flags,
+        "avx512_bf16": "avx512_bf16" in cpu,
         "load_average": os.getloadavg()[0],
         "process_peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "triton": importlib.metadata.version("triton") if device.type == "cuda" else None,
         "python": platform.python_version(),
     }
 
