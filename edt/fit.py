@@ -145,8 +145,11 @@ def fit(trainer: Trainer, features: Features, run: Run, config: FitConfig, draw_
     device, main = accelerator.device, accelerator.is_main_process
     indices = BatchIndices(len(features), trainer.config.seed, trainer.config.global_batch_size, trainer.rows, trainer.step)
     meter, processes = Meter(trainer), _processes(accelerator)
-    with StopSignal() as stop, _progress(trainer.step, config.max_steps, main) as bar:
-        loader = batches(features, indices, config.num_workers, pin_memory=device.type == "cuda")
+    with (
+        StopSignal() as stop,
+        _progress(trainer.step, config.max_steps, main) as bar,
+        contextlib.closing(batches(features, indices, config.num_workers, device.type == "cuda")) as loader,
+    ):
         stopping = trainer.step >= config.max_steps
         while not stopping:
             stored, y = (tensor.to(device, non_blocking=True) for tensor in next(loader))

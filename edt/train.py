@@ -4,7 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -253,14 +253,19 @@ class BatchIndices:
             step += 1
 
 
-def batches(features: Features, indices: BatchIndices, num_workers: int, pin_memory: bool) -> Iterator:
-    """(what is stored, labels) of each step, read ahead by ``num_workers`` processes."""
-    return iter(
+def batches(features: Features, indices: BatchIndices, num_workers: int, pin_memory: bool) -> Generator:
+    """(what is stored, labels) of each step, read ahead by ``num_workers`` processes. Close it: they end with it."""
+    loader = iter(
         torch.utils.data.DataLoader(
             features, batch_size=None, sampler=indices, num_workers=num_workers, pin_memory=pin_memory,
             worker_init_fn=_ignore_signals,
         )
     )  # fmt: skip
+    try:
+        yield from loader
+    finally:
+        if num_workers > 0:  # not left to the garbage collector: a process waits for workers at its exit, and no signal ends these
+            loader._shutdown_workers()
 
 
 def _ignore_signals(worker: int) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import multiprocessing
 import shutil
 import sys
 from pathlib import Path
@@ -300,6 +301,7 @@ def test_damaged_features_are_named(damage, message, image_folder, tmp_path, cap
     argv = [*TRAIN, "--feature-path", folder, "--run-dir", tmp_path / "run", "--epochs", 1, "--num-workers", 1]
     assert message in fails(train_mask_adan.main, argv, capsys)
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert multiprocessing.active_children() == []  # a worker left over would hold up the end of the process
 
 
 @pytest.mark.parametrize(
