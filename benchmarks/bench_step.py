@@ -8,6 +8,7 @@ Latents are random; the time does not depend on them. Data loading is measured b
 
 import argparse
 import copy
+import functools
 import sys
 
 import measure
@@ -43,10 +44,14 @@ def make_trainer(args: argparse.Namespace, noise: str, compile: str) -> Trainer:
     return Trainer(make_model(args.model), config, accelerator, compile=compile)
 
 
-def gates(trainer: Trainer, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-    """Losses and gradients of a fast step against two passes of the released arithmetic with the same draws."""
-    reference, draws = ReferenceStep(copy.deepcopy(trainer.model), None), trainer.draw()
-    losses, report = reference.backward(x, y, draws), trainer.update(x, y, draws)
+def gates(trainer: Trainer, name: str, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    """Losses and gradients of a fast step against two passes of the released arithmetic in fp32 with the same draws."""
+    # Made anew, from the same seed: the trainer's own model runs under autocast by now, and so would its copy.
+    reference, draws = ReferenceStep(make_model(name).to(x.device), None), trainer.draw()
+    allow_tf32("fp32")
+    losses = reference.backward(x, y, draws)
+    allow_tf32(trainer.config.precision)
+    report = trainer.update(x, y, draws)
     both = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (trainer.model, reference.model)]
     return {"losses": measure.relative_error(report.losses, losses),
             "gradients": measure.relative_error(*both)}  # fmt: skip
@@ -66,16 +71,23 @@ def main() -> int:
     x = torch.randn(args.batch_size, 4, 32, 32, device=device)
     y = torch.randint(1000, (args.batch_size,), device=device)
 
-    allow_tf32("tf32")  # the reference's; only a GPU has it
+    def run_reference() -> None:
+        allow_tf32("tf32")  # as released; only a GPU has it
+        reference(x, y)
+
+    def run_fast(trainer: Trainer) -> None:
+        allow_tf32(args.precision)
+        trainer.update(x, y, trainer.draw())
+
     base = make_model(args.model).to(device)
     reference = ReferenceStep(base, copy.deepcopy(base))
-    rows, errors = {"reference": lambda: reference(x, y)}, {}
+    rows, errors = {"reference": run_reference}, {}
     for compile in args.compile:
         for noise in ("independent", "shared"):
             trainer = make_trainer(args, noise, compile)
             suffix = "" if compile == "off" else f", compile {compile}"
-            errors |= {f"{noise}{suffix}: {what}": value for what, value in gates(trainer, x, y).items()}
-            rows[f"{args.precision}, {noise}{suffix}"] = lambda trainer=trainer: trainer.update(x, y, trainer.draw())
+            errors |= {f"{noise}{suffix}: {what}": value for what, value in gates(trainer, args.model, x, y).items()}
+            rows[f"{args.precision}, {noise}{suffix}"] = functools.partial(run_fast, trainer)
     result = measure.in_turn(rows, args.steps, device)
     flops, peak = 6 * forward_flops(trainer.model.config) * args.batch_size, peak_flops(device, args.precision)
     for row in result.values():

@@ -1,4 +1,4 @@
-"""The VAE's decoder: fp32 on the whole batch, as released, against what sampling with --precision bf16 does, in one run.
+"""The VAE's decoder: fp32 (no TF32) on the whole batch, as released, against what sampling with --precision bf16 does, in one run.
 
     python benchmarks/bench_vae.py --json
 
@@ -12,6 +12,8 @@ import sys
 import measure
 import torch
 from bench_sampling import stable_diffusion_vae
+
+from edt.precision import allow_tf32
 
 
 def main() -> int:
@@ -32,6 +34,7 @@ def main() -> int:
         "fp32": lambda: exact.decode(latents),
         "bf16": lambda: fast.decode(latents),
     }
+    allow_tf32("fp32")
     with torch.no_grad():
         rows = measure.in_turn(decode, args.repeats, device)
         wanted = decode["reference"]()

@@ -70,7 +70,7 @@ def main() -> int:
     print(f"first {found['reference'][:WINDOW].mean():.4f}, last {found['reference'][-WINDOW:].mean():.4f}")
     if args.json:
         record = {**vars(args), "json": None, "plot": None, "largest_difference": difference,
-                  "machine": measure.machine(torch.device("cpu")),
+                  "machine": measure.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
                   **{name: np.round(losses, 5).astype(float).tolist() for name, losses in found.items()}}  # fmt: skip
         args.json.write_text(json.dumps(record) + "\n")
     if args.plot:

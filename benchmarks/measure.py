@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -29,12 +28,14 @@ def wait(device: torch.device) -> None:
 
 
 def in_turn(rows: dict[str, Callable], repeats: int, device: torch.device, warm_up: int = 1) -> dict[str, dict]:
-    """Seconds of each row's calls, the rows taking turns so that a busy machine is busy for all; and its peak memory."""
+    """Seconds of each row's calls, the rows taking turns so that a busy machine is busy for all; and what a call
+    takes at its peak above what is resident, which is the state of all rows."""
     seconds, memory = {name: [] for name in rows}, {name: 0.0 for name in rows}
     for turn in range(-warm_up, repeats):
         for name, call in rows.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
+                resident = torch.cuda.memory_allocated(device)
             wait(device)
             start = time.perf_counter()
             call()
@@ -42,10 +43,10 @@ def in_turn(rows: dict[str, Callable], repeats: int, device: torch.device, warm_
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
             if device.type == "cuda":
-                memory[name] = torch.cuda.max_memory_allocated(device) / 2**30
+                memory[name] = (torch.cuda.max_memory_allocated(device) - resident) / 2**30
     return {
         name: {"median_sec": statistics.median(each), "fastest_sec": min(each), "repeats": repeats,
-               "peak_memory_gib": memory[name] or None}
+               "peak_memory_gib": memory[name] if device.type == "cuda" else None}
         for name, each in seconds.items()
     }  # fmt: skip
 
@@ -67,9 +68,17 @@ def machine(device: torch.device) -> dict:
         "process_peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "triton": importlib.metadata.version("triton") if device.type == "cuda" else None,
+        "triton": _triton_version() if device.type == "cuda" else None,
         "python": platform.python_version(),
     }
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
 
 
 def finish(name: str, args: argparse.Namespace, device: torch.device, rows: dict[str, dict], gates: dict[str, float]) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from edt.diffusion import GaussianDiffusion, linear_betas, respaced_timesteps
+from edt.diffusion.gaussian import NoiseAt
 from edt.draws import PassDraws, StepDraws
 from edt.layers import HEAD_DIM, Attention, Block, layer_norm
-from edt.masking import TokenMasks, draw_masks
+from edt.masking import MID_RATIO, TokenMasks, draw_masks
 from edt.models import EDT
 from edt.optim import BETAS
 
@@ -21,6 +22,7 @@ def released(model: EDT) -> EDT:
     for block in model.blocks:
         block.forward = types.MethodType(_block, block)
         block.attn.forward = types.MethodType(_attention, block.attn)
+        block.attn.host_index = block.attn.rel_pos_bias.index.cpu()  # stays there, and travels at every use
     return model
 
 
@@ -34,7 +36,7 @@ def _attention(self: Attention, x: torch.Tensor) -> torch.Tensor:
     batch, tokens, dim = x.shape
     q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, HEAD_DIM).permute(2, 0, 3, 1, 4)
     bias = self.rel_pos_bias
-    table = bias.relative_position_bias_table[bias.index.cpu().to(x.device)]  # the index lives on the host
+    table = bias.relative_position_bias_table[self.host_index.to(x.device)]
     scores = (q * HEAD_DIM**-0.5) @ k.transpose(-2, -1) + table.view(tokens, tokens, -1).permute(2, 0, 1).contiguous()
     weights = scores.softmax(dim=-1)
     if self.modulation is not None:
@@ -65,7 +67,8 @@ class ReferenceStep:
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         t, weight = (torch.from_numpy(each).to(x.device) for each in self._timesteps(len(x)))
-        masks = draw_masks(len(x), self.model.config.grid, self.generator)
+        mid = MID_RATIO if self.model.config.mid_mask_block is not None else None
+        masks = draw_masks(len(x), self.model.config.grid, self.generator, mid=mid)
         masks = TokenMasks(*(mask if mask is None else mask.to(x.device) for mask in masks))
         full, masked = (PassDraws(torch.randn_like(x), torch.rand(len(y), device=y.device) < 0.1) for _ in range(2))
         self.update(x, y, StepDraws(t, weight, (full, masked._replace(masks=masks))))
@@ -108,8 +111,13 @@ class ReferenceStep:
 
 
 @torch.no_grad()
-def reference_sampling(model: EDT, steps: str, x: torch.Tensor, y: torch.Tensor, cfg_scale: float) -> torch.Tensor:
-    """Guided ancestral sampling with the state of both halves, as released; ``model`` went through :func:`released`."""
+def reference_sampling(
+    model: EDT, steps: str, x: torch.Tensor, y: torch.Tensor, cfg_scale: float, noise_at: NoiseAt | None = None
+) -> torch.Tensor:
+    """Guided ancestral sampling with the state of both halves, as released; ``model`` went through :func:`released`.
+
+    ``noise_at`` gives the noise of one half; None draws that of both, as released.
+    """
     diffusion, null = HostTables(steps), torch.full_like(y, model.num_classes)
 
     def guided(state: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -119,4 +127,5 @@ def reference_sampling(model: EDT, steps: str, x: torch.Tensor, y: torch.Tensor,
         eps = uncond + cfg_scale * (cond - uncond)
         return torch.cat([torch.cat([eps, eps]), output[:, 3:]], dim=1)
 
-    return diffusion.p_sample_loop(guided, torch.cat([x, x]), {"y": torch.cat([y, null])})[: len(x)]
+    both = noise_at and (lambda i: torch.cat([noise_at(i)] * 2))
+    return diffusion.p_sample_loop(guided, torch.cat([x, x]), {"y": torch.cat([y, null])}, noise_at=both)[: len(x)]

@@ -43,11 +43,11 @@ def _adan(tensors: Sequence[torch.Tensor], scalars: Sequence[torch.Tensor | None
 class Adan(torch.optim.Optimizer):
     """Adan (Xie et al., 2022) with proximal weight decay, as its authors' code computes it.
 
-    One pass over the memory, the moving average of the weights included; and a step can be called off by a tensor, so
-    that the host need not wait to learn whether a gradient was finite.
+    One pass over the memory (on a GPU if compiled), the moving average of the weights included; and a step can be called
+    off by a tensor, so that the host need not wait to learn whether a gradient was finite.
 
     Args:
-        compiled: run the pass as one kernel, through torch.compile.
+        compiled: run the pass as one kernel a parameter, through torch.compile.
     """
 
     def __init__(

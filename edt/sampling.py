@@ -148,7 +148,7 @@ def generate(
     if labels is None:
         labels = recipe.labels_of(indices, model.num_classes)
     device = model.pos_embed.device
-    decoder = torch.cuda.Stream(device) if device.type == "cuda" else None
+    decoder = _decoder_stream(device) if device.type == "cuda" else None
     waiting: _Decoding | None = None
     for start in range(0, len(indices), batch_size):
         some, their_labels = indices[start : start + batch_size], labels[start : start + batch_size]
@@ -156,12 +156,18 @@ def generate(
         decoding = _decode(vae, Batch(some, latents, their_labels), decoder)
         if decoder is None:
             yield decoding.finish()
-        else:  # a GPU has denoised little yet: it decodes beside that, and the batch before is written meanwhile
+        else:  # the batch before is written while the GPU finishes and decodes this one
             if waiting is not None:
                 yield waiting.finish()
             waiting = decoding
     if waiting is not None:
         yield waiting.finish()
+
+
+@functools.cache
+def _decoder_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for good: memory freed in a stream is kept for that stream."""
+    return torch.cuda.Stream(device)
 
 
 class _Decoding(NamedTuple):
