@@ -14,11 +14,11 @@ from accelerate.utils import broadcast_object_list
 from edt.checkpoint import build, init_from, read_weights
 from edt.cli import (
     add_speed_arguments,
+    check_speed,
     check_tracker,
     exit_on_user_error,
     from_arguments,
     make_accelerator,
-    set_attention,
     start_tracker,
 )
 from edt.features import open_features
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--global-batch-size", type=int, default=256)
     g.add_argument("--mini-batch-size", type=int, help="images a process puts through at once; the same update")
     g.add_argument("--separate-passes", action="store_true",
-                   help="full and masked pass one after the other: slower, less memory, the same update")
+                   help="full and masked pass one after the other: slower, less memory, the same update")  # fmt: skip
     g.add_argument("--init-lr", type=float, help="default: 1e-3; 5e-4 for EDT-XL")
     g.add_argument("--lr-steps", type=int, default=400_000, help="steps from --init-lr down to 5e-5")
     g.add_argument("--optimizer", choices=OPTIMIZERS, default="adan",
@@ -90,10 +90,11 @@ def main(argv: list[str] | None = None) -> int:
     fit_config.max_steps = args.max_steps or args.epochs * epoch_steps
     channels, side, _ = features.latent_shape
     accelerator = make_accelerator(bf16=args.precision == "bf16")
+    check_speed(args, accelerator.device)
     torch.manual_seed(args.seed)  # of the initial weights
     model = build(args.model, input_size=side, in_channels=channels, num_classes=features.num_classes)
     started_from = init_from(model, read_weights(args.init_from)[0]) if args.init_from else {}
-    set_attention(model, args.attention, accelerator.device)
+    model.set_attention(args.attention)
     trainer = Trainer(model, config, accelerator, args.mini_batch_size, args.separate_passes, args.compile)
 
     folder = broadcast_object_list([run_folder(args.run_dir, args.results_dir, args.model, args.resume)])[0]

@@ -6,6 +6,7 @@ import errno
 import functools
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -106,11 +107,13 @@ def add_speed_arguments(p: argparse.ArgumentParser | argparse._ArgumentGroup) ->
     p.add_argument("--attention", choices=PATHS, default="auto", help="; ".join(f"{k}: {what}" for k, what in PATHS.items()))
 
 
-def set_attention(model: EDT, path: str, device: torch.device) -> None:
-    """Raises a UserError if the path does not run on the device."""
-    if path == "triton" and device.type != "cuda":
+def check_speed(args: argparse.Namespace, device: torch.device) -> None:
+    """Raises a UserError if what :func:`add_speed_arguments` took cannot run on the device."""
+    if args.attention == "triton" and device.type != "cuda":
         raise UserError(f"--attention triton needs a GPU, and this is the {device.type}; leave it to auto")
-    model.set_attention(path)
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if args.compile != "off" and device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError(f"--compile {args.compile} needs a C++ compiler on a CPU; install g++, or leave it off")
 
 
 def add_sampling_arguments(
@@ -158,6 +161,7 @@ def make_recipe(args: argparse.Namespace, seed: int, labels: str = "uniform") ->
 
 def load_for_sampling(args: argparse.Namespace, device: torch.device) -> tuple[EDT, PixelVAE | LatentVAE, dict]:
     """Model, VAE and the checkpoint's notes for the arguments above."""
+    check_speed(args, device)
     model, notes = load_model(args.ckpt, args.model, which=args.weights, num_classes=args.num_classes)
     trained_on = notes.get("features", {})
     vae_name = args.vae or trained_on.get("vae", "ema")
@@ -168,7 +172,7 @@ def load_for_sampling(args: argparse.Namespace, device: torch.device) -> tuple[E
     if vae.channels != model.in_channels:
         raise UserError(f"the VAE {vae_name} has {vae.channels} latent channels, the model {model.in_channels}; give its --vae")
     notes = {**notes, "features": {**trained_on, "vae": vae_name, "image_size": image_size}}
-    set_attention(model, args.attention, device)
+    model.set_attention(args.attention)
     if args.precision == "bf16":
         round_weights(model)
     compile_network(model, args.compile)

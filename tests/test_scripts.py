@@ -119,6 +119,7 @@ def test_class_images(trained, tmp_path):
         ("--precision", "fp32", "--mini-batch-size", "3", "--num-workers", "1"),
         ("--init-lr", "1e-4", "--lr-steps", "10", "--ema-decay", "0.5", "--global-seed", "1"),
         ("--clip", "0.5"),
+        ("--attention", "reference", "--separate-passes"),
         ("--num-classes", "0"),
         ("--num-classes", "5"),
         ("--epochs", "1", "--global-batch-size", "20", "--ckpt-every", "1"),
@@ -319,6 +320,18 @@ def test_wrong_training_arguments_are_named(more, message, features, tmp_path, c
     argv = [*TRAIN, "--feature-path", features, "--run-dir", tmp_path / "run", "--max-steps", 1, *more]
     assert message in fails(train_mask_adan.main, argv, capsys)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_speed_that_this_machine_cannot_give_is_refused(features, run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no compiler
+    monkeypatch.delenv("CXX", raising=False)
+    for more, message in ((["--attention", "triton"], "needs a GPU"), (["--compile", "block"], "C++ compiler")):
+        train = [*TRAIN, "--feature-path", features, "--run-dir", tmp_path / "run", "--max-steps", 1, *more]
+        sample = ["--ckpt", run_folder, "--output-dir", tmp_path / "samples", *more]
+        assert message in fails(train_mask_adan.main, train, capsys)
+        assert message in fails(image_generator_ddp.main, sample, capsys)
+        assert not (tmp_path / "run").exists() and not (tmp_path / "samples").exists()
 
 
 @pytest.mark.parametrize(
