@@ -21,11 +21,10 @@ from sklearn.svm import SVC
 from tqdm.auto import tqdm
 
 from edt.checkpoint import fingerprint_weights
-from edt.cli import exit_on_user_error, find_place, load_for_sampling
+from edt.cli import add_speed_arguments, exit_on_user_error, find_place, load_for_sampling
 from edt.files import write_json
 from edt.images import center_crop, open_image_folder
 from edt.metrics.frechet import StreamingMoments, frechet_distance
-from edt.precision import PRECISIONS
 from edt.sampling import SOLVERS, Recipe, generate
 
 
@@ -37,10 +36,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--solvers", nargs="+", choices=SOLVERS, default=SOLVERS)
     p.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50, 250])
     p.add_argument("--cfg-scale", type=float, default=3.0, help="default: the demo's")
-    p.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    add_speed_arguments(p)
     p.add_argument("--batch-size", type=int, default=250)
     p.add_argument("--output-dir", type=Path, default=Path("runs/demo/solvers"))
-    p.set_defaults(weights="ema", model=None, num_classes=None, vae=None, image_size=None)  # as the checkpoint says
+    p.set_defaults(precision="fp32", weights="ema", model=None, num_classes=None, vae=None, image_size=None)  # as the checkpoint says
     return p
 
 
