@@ -38,7 +38,7 @@ def stable_diffusion_vae(device: torch.device, dtype: torch.dtype = torch.float3
     return LatentVAE(vae.to(device), dtype)
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="EDT-S/2", choices=EDT_models)
     p.add_argument("--num-images", type=int, default=8)
@@ -52,7 +52,11 @@ def main() -> int:
     p.add_argument("--decode", action="store_true", help="to pixels and to disk: PNGs as released, the archive of samples")
     p.add_argument("--repeats", type=int, default=3)
     measure.add_arguments(p)
-    args = p.parse_args()
+    return p
+
+
+def main() -> int:
+    args = parser().parse_args()
     device, count = torch.device(args.device), args.num_images
     indices, labels = torch.arange(count), torch.arange(count) % 1000
     recipe = Recipe(num_sampling_steps=args.solver_steps or args.steps, solver=args.solver, cfg_scale=args.cfg_scale,

@@ -1,19 +1,17 @@
 """The speed benchmarks run, and what they compare agrees; their figures are for benchmarks/results."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, run_script
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 
 def run(script: str, *arguments) -> str:
-    done = subprocess.run([sys.executable, BENCHMARKS / script, *map(str, arguments)], capture_output=True, text=True,
-                          env={**__import__("os").environ, "PYTHONPATH": str(BENCHMARKS.parent)})  # fmt: skip
+    done = run_script(sys.executable, BENCHMARKS / script, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
