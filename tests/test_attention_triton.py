@@ -24,16 +24,45 @@ from edt.attention import attention
 from edt.errors import UserError
 
 triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
 from edt import attention_triton  # noqa: E402
 from edt.attention_triton import triton_attention  # noqa: E402
 
 INTERPRETED = attention_triton.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])  # the interpreter has no bfloat16
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 launches = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or the interpreter")
 on_a_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 outside = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def bfloat16_in_the_interpreter(monkeypatch):
+    """The interpreter keeps bfloat16 as the 16 bits: it would cast by cutting off, and multiply the bits as integers.
+
+    As the hardware does, and as the interpreter does for other types: casts round to nearest, ties to even; the products of
+    two bfloat16 are exact in the float32 in which they are added.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def widened(handle: TensorHandle) -> TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        values = torch.from_numpy(np.ascontiguousarray(handle.data)).view(torch.bfloat16).float()
+        return TensorHandle(values.numpy(), tl.float32)
+
+    def cast_rounding(self, source, dtype):
+        if dtype.scalar != tl.bfloat16:
+            return cast(self, widened(source), dtype)
+        values = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+        return TensorHandle(values.view(torch.uint16).numpy(), tl.bfloat16)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_rounding)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest))
 
 
 @outside
