@@ -111,6 +111,9 @@ def check_speed(args: argparse.Namespace, device: torch.device) -> None:
     """Raises a UserError if what :func:`add_speed_arguments` took cannot run on the device."""
     if args.attention == "triton" and device.type != "cuda":
         raise UserError(f"--attention triton needs a GPU, and this is the {device.type}; leave it to auto")
+    if args.precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"--precision bf16 needs compute capability 8.0, which {name} does not have; use fp32")
     compilers = (os.environ.get("CXX", "g++"), "clang++")
     if args.compile != "off" and device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise UserError(f"--compile {args.compile} needs a C++ compiler on a CPU; install g++, or leave it off")

@@ -271,18 +271,21 @@ def test_absence_of_triton_is_said_in_one_line():
     assert done.stderr.splitlines()[-1].startswith("edt.errors.UserError: Triton attention needs the triton package")
 
 
-def report(*options) -> list[dict]:
+def report(*options) -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, ROOT / "benchmarks" / "report_kernels.py", "--json", *options]
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)["rows"]
+    return json.loads(done.stdout)
 
 
-def check_report(rows: list[dict], count: int) -> None:
-    assert len(rows) == count
-    for row in rows:
-        assert row["shared_bytes"] <= 227 * 1024, row
+def check_report(found: dict, count: int) -> None:
+    assert len(found["rows"]) == count
+    for row in found["rows"]:
+        assert row["shared_bytes"] <= found["shared_kib"] * 1024, row
+        if found["target"] != "sm_90":
+            assert row["spills"] < 100, row  # what they are tuned for is an H100; elsewhere they must run
+            continue
         assert row["spills"] == 0 or row["arithmetic"] != "bf16", row
         assert row["wgmma"] or row["tokens"] == 16 or row["arithmetic"] == "fp32", row
 
@@ -297,6 +300,13 @@ def test_kernels_compile_for_sm90():
 def test_kernels_compile_for_sm90_at_every_shape():
     check_report(report("--arithmetic", "bf16"), 6 * 8)
     check_report(report("--image-sizes", "256", "--tokens", "256", "--arithmetic", "tf32", "fp32"), 2 * 8)
+
+
+@outside
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", [80, 86, 89, 100, 120])
+def test_kernels_compile_for_other_gpus(sm):
+    check_report(report("--sm", str(sm), "--image-sizes", "256", "--tokens", "256"), 3 * 8)
 
 
 @outside

@@ -1,5 +1,6 @@
 """The scripts as users start them: real processes for each launcher, every other choice in process."""
 
+import argparse
 import importlib.util
 import json
 import multiprocessing
@@ -19,6 +20,8 @@ import image_generator
 import image_generator_ddp
 import train_mask_adan
 from edt.checkpoint import list_checkpoints
+from edt.cli import check_speed
+from edt.errors import UserError
 from edt.vae import PixelVAE
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -332,6 +335,16 @@ def test_speed_that_this_machine_cannot_give_is_refused(features, run_folder, tm
         assert message in fails(train_mask_adan.main, train, capsys)
         assert message in fails(image_generator_ddp.main, sample, capsys)
         assert not (tmp_path / "run").exists() and not (tmp_path / "samples").exists()
+
+
+def test_bfloat16_is_refused_on_a_gpu_that_emulates_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    args = argparse.Namespace(precision="bf16", attention="auto", compile="off")
+    with pytest.raises(UserError, match="Tesla T4"):
+        check_speed(args, torch.device("cuda"))
+    args.precision = "tf32"
+    check_speed(args, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
