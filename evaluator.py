@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from edt.cli import exit_on_user_error
+from edt.cli import COUNT, exit_on_user_error
 from edt.errors import UserError
-from edt.files import whole_file
+from edt.files import make_folder, whole_file
 from edt.images import center_crop
 from edt.metrics import SCORE_LINES, Source, check_comparable, create_extractor, evaluate, make_reference, open_source
 from edt.metrics.extractors import BACKENDS, FEATURES
@@ -38,8 +38,10 @@ def score_parser() -> argparse.ArgumentParser:
 
 
 def score(args: argparse.Namespace) -> None:
-    make_folders(args.cache_dir, args.json and args.json.parent)
-
+    if args.cache_dir:
+        make_folder(args.cache_dir)
+    if args.json:
+        make_room_for(args.json)
     reference, samples = (open_images(path, args) for path in (args.reference, args.samples))
     check_comparable(reference, samples)
     extractor = create_extractor(args.features, args.backend, args.inception, args.device)
@@ -58,12 +60,12 @@ def make_ref_parser() -> argparse.ArgumentParser:
     parser = image_parser()
     parser.add_argument("images", metavar="IMAGES")
     parser.add_argument("out", metavar="OUT.npz", type=Path)
-    parser.add_argument("--num-images", type=positive, default=10_000, help="images kept for precision and recall")
+    parser.add_argument("--num-images", type=COUNT, default=10_000, help="images kept for precision and recall")
     return parser
 
 
 def make_ref(args: argparse.Namespace) -> None:
-    make_folders(args.out.parent)
+    make_room_for(args.out)
     source = open_images(args.images, args)
     if source.images is None:
         raise UserError(f"{args.images} holds statistics; a reference is made of images")
@@ -81,7 +83,7 @@ def convert_parser() -> argparse.ArgumentParser:
 def convert_inception(args: argparse.Namespace) -> None:
     if args.out.suffix != ".safetensors":
         raise UserError(f"{args.out} must end in .safetensors, by which it is recognized")
-    make_folders(args.out.parent)
+    make_room_for(args.out)
     save_weights(load_weights(args.graph), args.out)
 
 
@@ -92,9 +94,9 @@ def image_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", choices=BACKENDS, default="torch", help="what runs the Inception network")
     parser.add_argument("--inception", type=Path, metavar="PATH", help="its weights: the .pb file, or one converted")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument("--batch-size", type=COUNT, default=64)
     crop_help = "crop the images of folders to this side, as training does"
-    parser.add_argument("--image-size", type=positive, metavar="PIXELS", help=crop_help)
+    parser.add_argument("--image-size", type=COUNT, metavar="PIXELS", help=crop_help)
     return parser
 
 
@@ -102,19 +104,11 @@ def open_images(path: str, args: argparse.Namespace) -> Source:
     return open_source(path, args.features, partial(center_crop, size=args.image_size) if args.image_size else None)
 
 
-def positive(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-
-
-def make_folders(*folders: Path | None) -> None:
-    """Make sure of the folders of the results before the work begins."""
-    for folder in filter(None, folders):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {folder} ({error.strerror}); choose another place") from None
+def make_room_for(file: Path) -> None:
+    """Make sure of the place of a result before the work begins."""
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; name a file")
+    make_folder(file.parent)
 
 
 COMMANDS = {"make-ref": (make_ref_parser, make_ref), "convert-inception": (convert_parser, convert_inception)}

@@ -11,6 +11,7 @@ import torch
 
 from edt.classes import class_names, find_class
 from edt.cli import (
+    COUNT,
     add_sampling_arguments,
     apply_amm,
     exit_on_user_error,
@@ -19,8 +20,7 @@ from edt.cli import (
     make_recipe,
     true_or_false,
 )
-from edt.errors import UserError
-from edt.files import whole_file
+from edt.files import make_folder, whole_file
 from edt.grids import captioned_grid, difference
 from edt.sampling import generate
 
@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
         "--classes", "--class-labels", nargs="+", metavar="CLASS",
         help="numbers, or names of ImageNet or of your folders; default: nine of ImageNet, or the first nine",
     )  # fmt: skip
-    p.add_argument("--num-variations", type=int, default=5, help="images of a class")
-    p.add_argument("--per-proc-batch-size", type=int, default=50)
+    p.add_argument("--num-variations", type=COUNT, default=5, help="images of a class")
+    p.add_argument("--per-proc-batch-size", type=COUNT, default=50)
     p.add_argument("--seed", "--global-seed", type=int, default=1)
     p.add_argument("--output-dir", "--results-dir", default="visual")
     return p
@@ -52,14 +52,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     recipe = make_recipe(args, args.seed)
-    if args.num_variations < 1 or args.per_proc_batch_size < 1:
-        raise UserError("--num-variations and --per-proc-batch-size must be 1 or more")
     model, vae, notes = load_for_sampling(args, find_place().device)
     names = class_names(model.num_classes, notes["features"].get("classes"))
     if args.classes:
         classes = [find_class(text, names) for text in args.classes]
     else:
         classes = IMAGENET_CLASSES if model.num_classes == 1000 else range(min(9, len(names)))
+    folder = make_folder(Path(args.output_dir) / f"seed{args.seed}-cfg{args.cfg_scale}")
     labels = torch.tensor([label for label in classes for _ in range(args.num_variations)])
 
     def draw(on: bool) -> tuple[tuple[int, ...], torch.Tensor]:
@@ -77,8 +76,6 @@ def main(argv: list[str] | None = None) -> int:
         images = torch.stack([images, without, difference(images, without)], dim=2).flatten(1, 2)
         captions = [f"AMM {', '.join(map(str, blocks))}", "without", "difference"] * args.num_variations
         name += "-and-without"
-    folder = Path(args.output_dir) / f"seed{args.seed}-cfg{args.cfg_scale}"
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"grid-{name}.png"
     shown = [" ".join(dict.fromkeys([str(label), names[label][0]])) for label in classes]
     with whole_file(path) as temporary:

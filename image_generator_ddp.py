@@ -17,8 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from edt.checkpoint import fingerprint_weights
-from edt.cli import add_sampling_arguments, apply_amm, exit_on_user_error, find_place, load_for_sampling, make_recipe
-from edt.errors import UserError
+from edt.cli import COUNT, add_sampling_arguments, apply_amm, exit_on_user_error, find_place, load_for_sampling, make_recipe
 from edt.files import whole_file
 from edt.models import EDT
 from edt.npz import SampleArchive
@@ -29,8 +28,8 @@ from edt.sampling import Recipe, generate
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sampling_arguments(p, cfg_scale=1.0)
-    p.add_argument("--num-images", type=int, default=50_000)
-    p.add_argument("--per-proc-batch-size", type=int, default=50)
+    p.add_argument("--num-images", type=COUNT, default=50_000)
+    p.add_argument("--per-proc-batch-size", type=COUNT, default=50)
     p.add_argument("--global-seed", type=int, default=42)
     p.add_argument("--labels", default="uniform", help="uniform (at random), balanced, or classes like 207,360")
     p.add_argument("--output-dir", "--results-dir", default="samples", help="a folder named by the recipe is made in it")
@@ -71,8 +70,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     rank, world_size, device = find_place()
     recipe = make_recipe(args, args.global_seed, args.labels)
-    if args.num_images < 1 or args.per_proc_batch_size < 1:
-        raise UserError("--num-images and --per-proc-batch-size must be 1 or more")
     model, vae, notes = load_for_sampling(args, device)
     explicit = any(value is not None for value in (args.amm_blocks, args.amm_form, args.amm_radius))
     apply_amm(model, args, on=explicit if args.amm is None else args.amm)

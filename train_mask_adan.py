@@ -13,12 +13,14 @@ from accelerate.utils import broadcast_object_list
 
 from edt.checkpoint import build, init_from, read_weights
 from edt.cli import (
+    COUNT,
     add_speed_arguments,
     check_speed,
     check_tracker,
     exit_on_user_error,
     from_arguments,
     make_accelerator,
+    number,
     start_tracker,
 )
 from edt.features import open_features
@@ -46,28 +48,28 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--resume-step", type=int, help="continue from this step of --run-dir")
     g.add_argument("--allow-config-change", action="store_true", help="continue with other flags of the method")
     g.add_argument("--init-from", metavar="CKPT", help="start from the weights of another model, as far as they fit")
-    g.add_argument("--epochs", type=int, default=90)
-    g.add_argument("--max-steps", type=int, help="stop here instead of after --epochs")
-    g.add_argument("--log-every", type=int, default=100, help="steps")
-    g.add_argument("--ckpt-every", type=int, default=50_000, help="steps")
-    g.add_argument("--keep-last", type=int, default=3, help="checkpoints that stay")
-    g.add_argument("--keep-every", type=int, default=50_000, help="checkpoints at multiples of this many steps stay")
-    g.add_argument("--sample-every", type=int, help="steps between grids of EMA samples from the same noise")
+    g.add_argument("--epochs", type=COUNT, default=90)
+    g.add_argument("--max-steps", type=COUNT, help="stop here instead of after --epochs")
+    g.add_argument("--log-every", type=COUNT, default=100, help="steps")
+    g.add_argument("--ckpt-every", type=COUNT, default=50_000, help="steps")
+    g.add_argument("--keep-last", type=COUNT, default=3, help="checkpoints that stay")
+    g.add_argument("--keep-every", type=COUNT, default=50_000, help="checkpoints at multiples of this many steps stay")
+    g.add_argument("--sample-every", type=COUNT, help="steps between grids of EMA samples from the same noise")
     g.add_argument("--tracker", choices=["tensorboard", "wandb"], help="besides log.txt and metrics.jsonl")
-    g.add_argument("--num-workers", type=int, default=4)
+    g.add_argument("--num-workers", type=number(least=0), default=4)
 
     g = p.add_argument_group("method")
-    g.add_argument("--global-batch-size", type=int, default=256)
-    g.add_argument("--mini-batch-size", type=int, help="images a process puts through at once; the same update")
+    g.add_argument("--global-batch-size", type=COUNT, default=256)
+    g.add_argument("--mini-batch-size", type=number(least=-1), help="images a process puts through at once; the same update")
     g.add_argument("--separate-passes", action="store_true",
                    help="full and masked pass one after the other: slower, less memory, the same update")  # fmt: skip
-    g.add_argument("--init-lr", type=float, help="default: 1e-3; 5e-4 for EDT-XL")
-    g.add_argument("--lr-steps", type=int, default=400_000, help="steps from --init-lr down to 5e-5")
+    g.add_argument("--init-lr", type=number(float, above=0), help="default: 1e-3; 5e-4 for EDT-XL")
+    g.add_argument("--lr-steps", type=COUNT, default=400_000, help="steps from --init-lr down to 5e-5")
     g.add_argument("--optimizer", choices=OPTIMIZERS, default="adan",
                    help="; ".join(f"{name}: {what}" for name, what in OPTIMIZERS.items()))  # fmt: skip
-    g.add_argument("--clip", type=float, help="largest gradient norm; default: no clipping")
-    g.add_argument("--max-bad-steps", type=int, default=20, help="steps in a row that may be not finite")
-    g.add_argument("--ema-decay", type=float, default=0.9999)
+    g.add_argument("--clip", type=number(float, above=0), help="largest gradient norm; default: no clipping")
+    g.add_argument("--max-bad-steps", type=COUNT, default=20, help="steps in a row that may be not finite")
+    g.add_argument("--ema-decay", type=number(float, least=0, most=1), default=0.9999)
     g.add_argument("--masking", choices=["edt", "none"], default="edt", help="none: the paper's starred models")
     g.add_argument("--noise", choices=["independent", "shared"], default="independent",
                    help="of a step's two passes: independent as in the release, shared as in the paper's Eq. 3")  # fmt: skip

@@ -136,11 +136,14 @@ def weights_file(path: str | Path, which: str = "ema") -> Path:
     """The file that holds the weights ``which`` of a checkpoint folder, of a run's newest checkpoint, or the file itself."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"no checkpoint at {path}; give --ckpt a checkpoint folder, a run folder or a .pt file")
+        raise UserError(f"no checkpoint at {path}; give a checkpoint folder, a run folder or a .pt file")
     if path.is_dir():
-        path = (newest_checkpoint(path / "checkpoints") or path) / f"{which}.safetensors"
+        newest = newest_checkpoint(path / "checkpoints")
+        if newest is None and list_checkpoints(path / "checkpoints"):
+            raise UserError(f"no whole checkpoint in {path / 'checkpoints'}; give another run folder or a .pt file")
+        path = (newest or path) / f"{which}.safetensors"
         if not path.exists():
-            raise UserError(f"no {path.name} in {path.parent}; give --ckpt a checkpoint folder, a run folder or a .pt file")
+            raise UserError(f"no {path.name} in {path.parent}; give a checkpoint folder, a run folder or a .pt file")
     return path
 
 
@@ -166,7 +169,10 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, torch.
         notes = read_json(notes) if notes.exists() else {}
     else:
         contents = read_release(path)
-        weights, notes = _strip(contents.get(which, contents)), {}
+        weights, notes = contents.get(which, contents), {}
+        if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+            raise UserError(f"{path} holds no named tensors as {which}; export the weights alone")
+        weights = _strip(weights)
     config = EDTConfig.from_dict(notes["model"]) if "model" in notes else EDTConfig.from_state_dict(weights)
     return weights, config, notes
 

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import functools
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -53,6 +54,24 @@ def true_or_false(text: str) -> bool:
         return {"true": True, "false": False}[text.lower()]
     except KeyError:
         raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}") from None
+
+
+def number(kind: type = int, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Callable:
+    """Argument type: a finite number in a range."""
+    bounds = {"at least": least, "above": above, "at most": most}
+
+    def read(text: str) -> int | float:
+        value = kind(text)  # argparse says what a ValueError means
+        if not (least <= value <= most and value > above and math.isfinite(value)):
+            wanted = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound))
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted or 'finite'}")
+        return value
+
+    read.__name__ = kind.__name__  # which argparse names
+    return read
+
+
+COUNT = number(least=1)
 
 
 def make_accelerator(bf16: bool = False) -> Accelerator:
@@ -156,6 +175,10 @@ def make_recipe(args: argparse.Namespace, seed: int, labels: str = "uniform") ->
     Raises:
         UserError: they cannot be combined.
     """
+    if args.amm is False and (args.amm_blocks, args.amm_form, args.amm_radius) != (None, None, None):
+        raise UserError("--no-amm and --amm-blocks, --amm-form or --amm-radius contradict each other; leave one out")
+    if not args.num_sampling_steps:
+        raise UserError("--num-sampling-steps is empty; give a number, like 250")
     interval = tuple(args.cfg_interval) if args.cfg_interval else None
     return Recipe(
         seed, args.num_sampling_steps, args.solver, args.cfg_scale, args.precision, labels, args.cfg_channels, interval

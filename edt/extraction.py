@@ -53,7 +53,10 @@ class CroppedImages(torch.utils.data.Dataset):
         try:
             image, _ = self.folder[index]
         except (OSError, SyntaxError, ValueError):  # PIL's words for files that are no image, or half of one
-            raise UserError(f"cannot read the image {file}; replace or remove it") from None
+            raise UserError(
+                f"cannot read the image {file}; put a whole one in its place and run again (without it the features are others: "
+                "they need a new --features-path)"
+            ) from None
         return index, to_tensor(center_crop(image, self.image_size)) * 2 - 1
 
 

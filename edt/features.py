@@ -57,9 +57,10 @@ class Features(torch.utils.data.Dataset):
 
     def notes(self) -> dict:
         """What a checkpoint records of its features."""
-        notes = {
-            name: self.manifest[name] for name in ("image_size", "scaling_factor", "classes", "draw") if name in self.manifest
-        }
+        names = ("image_size", "scaling_factor", "classes", "draw", "images_sha256")
+        notes = {"count": len(self), **{name: self.manifest[name] for name in names if name in self.manifest}}
+        if "seed" in self.manifest:
+            notes["extraction_seed"] = self.manifest["seed"]
         return {**notes, "vae": self.manifest["vae"]["id"]} if "vae" in self.manifest else notes
 
     def __len__(self) -> int:
@@ -169,7 +170,10 @@ def open_features(path: str | Path) -> Features:
     path = Path(path)
     manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else {}
     if "shards" in manifest:
-        return PackedFeatures(path, manifest)
+        try:
+            return PackedFeatures(path, manifest)
+        except (KeyError, TypeError):
+            raise UserError(f"{path / MANIFEST} is not extract_features.py's; run it again into another folder") from None
     if (path / "extraction.json").exists() and not manifest:
         raise UserError(f"the extraction into {path} has not finished; run extract_features.py again")
     return NpyFeatures(path, manifest)

@@ -1,6 +1,7 @@
 """Files that appear under their final name only when whole."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,21 @@ def whole_file(path: str | Path, durable: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder and those above it, if they are not there.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"cannot write to {path} ({error.strerror}); choose another place") from None
+    return path
 
 
 def sync(path: Path) -> None:
@@ -54,8 +70,11 @@ def read_json(path: str | Path) -> dict:
         UserError: it cannot be read.
     """
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(Path(path).read_text())
+        if not isinstance(value, dict):
+            raise TypeError
+        return value
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {path} ({type(error).__name__}); is it damaged?") from None
 
 
@@ -71,7 +90,7 @@ def claim(path: str | Path, made_from: dict, remedy: str, notes: dict | None = N
     """
     path, made_from = Path(path), json.loads(json.dumps(made_from))  # as it will be read back
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_json(path, {**made_from, **(notes or {})})
         return
     found = read_json(path)
@@ -83,4 +102,8 @@ def claim(path: str | Path, made_from: dict, remedy: str, notes: dict | None = N
 def differences(there: dict, here: dict) -> str:
     """ "name: there -> here" of the values that differ; "" if none do."""
     names = [name for name in there | here if there.get(name) != here.get(name)]
-    return ", ".join(f"{name}: {there.get(name)} -> {here.get(name)}" for name in names)
+    return ", ".join(f"{name}: {_shown(there.get(name))} -> {_shown(here.get(name))}" for name in names)
+
+
+def _shown(value: object) -> object:
+    return f"{len(value)} values" if isinstance(value, list | tuple) and len(value) > 8 else value

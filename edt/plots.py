@@ -6,12 +6,13 @@ from pathlib import Path
 from edt.errors import UserError
 
 
-def plot_losses(metrics: Path, picture: Path) -> None:
+def plot_losses(metrics: str | Path, picture: str | Path) -> None:
     """Losses of the full and the masked pass over the steps (paper, Figure 10), from a run's metrics.jsonl to a PNG."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("plots need matplotlib: pip install 'edt[demo]'") from None
+    metrics = Path(metrics)
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

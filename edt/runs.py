@@ -1,6 +1,6 @@
 """A training run is its folder::
 
-    config.json   log.txt   metrics.jsonl   checkpoints/0050000/   checkpoints/0100000/ ...
+    log.txt   metrics.jsonl   checkpoints/0050000/   checkpoints/0100000/ ...
 
 Starting in a folder that holds a checkpoint of the same configuration continues it.
 """
@@ -15,9 +15,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from edt.checkpoint import check_checkpoint, newest_checkpoint, prune_checkpoints, read_tensors, save_checkpoint
+from edt.checkpoint import (
+    check_checkpoint,
+    list_checkpoints,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_tensors,
+    save_checkpoint,
+)
 from edt.errors import UserError
-from edt.files import differences, read_json, whole_file
+from edt.files import differences, make_folder, read_json, whole_file
 from edt.train import Trainer
 
 logger = logging.getLogger(__name__)
@@ -57,7 +64,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another run is in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,6 +102,9 @@ class Run:
             resume: None takes what the folder holds, if anything; "" demands that it holds one; otherwise the path
                 of a checkpoint, or of a run.
             step: demand the checkpoint of this step.
+
+        Raises:
+            UserError: it is not there or not whole; or there are checkpoints, and none is.
         """
         path = Path(resume) if resume else self.folder
         if path.is_file():
@@ -104,19 +114,24 @@ class Run:
         if resume and not (path / "checkpoints").is_dir():
             check_checkpoint(path)
             return path
-        if step:
-            check_checkpoint(path / "checkpoints" / f"{step:07d}")
-            return path / "checkpoints" / f"{step:07d}"
+        there = list_checkpoints(path / "checkpoints")
+        if step is not None:
+            chosen = path / "checkpoints" / f"{step:07d}"
+            if chosen not in there:
+                steps = ", ".join(str(int(one.name)) for one in there) or "none"
+                raise UserError(f"no checkpoint of step {step} in {chosen.parent}; its steps: {steps}")
+            check_checkpoint(chosen)
+            return chosen
         found = newest_checkpoint(path / "checkpoints")
-        if found is None and resume is not None:
-            raise UserError(f"--resume: no whole checkpoint in {path / 'checkpoints'}; leave --resume out to start anew")
+        if found is None and (there or resume is not None):
+            raise UserError(f"no whole checkpoint in {path / 'checkpoints'} to resume from; another --run-dir starts anew")
         return found
 
     def load(self, trainer: Trainer, checkpoint: Path, allow_changes: bool = False) -> None:
-        """Continue from a checkpoint of the same model and configuration.
+        """Continue from a checkpoint of the same model, features and configuration.
 
         Args:
-            allow_changes: take the trainer's configuration where the checkpoint's differs.
+            allow_changes: take the features and the trainer's configuration where the checkpoint's differ.
 
         Raises:
             UserError: it is of another, naming what differs.
@@ -126,9 +141,14 @@ class Run:
         differing = differences(config["model"], model)
         if differing:
             raise UserError(f"{checkpoint} is of another model ({differing}); --init-from in a new --run-dir takes what fits")
-        differing = differences(state["config"], dataclasses.asdict(trainer.config))
+        trained_on = config.get("features", {})
+        features = {name: self.notes["features"].get(name) for name in trained_on}
+        changes = differences(state["config"], dataclasses.asdict(trainer.config)), differences(trained_on, features)
+        differing = ", ".join(filter(None, changes))
         if differing and not allow_changes:
             raise UserError(f"{checkpoint} was trained otherwise ({differing}); --allow-config-change goes on all the same")
+        if differing:
+            logger.warning("going on with another configuration: %s", differing)
         names = ("model", "ema", "optimizer", "sampler")
         trainer.load_state({name: read_tensors(checkpoint / f"{name}.safetensors") for name in names}, state)
 

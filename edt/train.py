@@ -213,12 +213,14 @@ class Trainer:
         }
 
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
-        """Inverse of :meth:`state`."""
+        """Inverse of :meth:`state`; an optimizer or timestep sampler of another kind than the state's starts anew."""
         names = [name for name, _ in self.model.named_parameters()]
         self.model.load_state_dict(tensors["model"])
         self.ema.load_state_dict(tensors["ema"])
-        restore_optimizer(self.optimizer, names, tensors["optimizer"], state["optimizer"])
-        self.timestep_sampler.load_state_dict(tensors["sampler"])
+        if state["config"]["optimizer"] == self.config.optimizer:
+            restore_optimizer(self.optimizer, names, tensors["optimizer"], state["optimizer"])
+        if state["config"]["schedule_sampler"] == self.config.schedule_sampler:
+            self.timestep_sampler.load_state_dict(tensors["sampler"])
         self.step = state["step"]
         self.bad_steps.fill_(state["bad_steps"])
 

@@ -1,4 +1,6 @@
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,10 +20,13 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its state for the life of a process; every test starts anew."""
+def fresh_process():
+    """accelerate and logging keep their state for the life of a process; every test starts anew."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
+    for handler in logging.root.handlers[:]:  # of a script's main, whose stream ends with the test
+        if type(handler) in (logging.StreamHandler, logging.FileHandler):
+            logging.root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +53,7 @@ def features(image_folder, tmp_path_factory) -> Path:
 
 
 TRAIN = ("--model", "EDT-Tiny/2", "--global-batch-size", "4", "--num-workers", "0", "--log-every", "1")
+SAMPLE = ("--num-sampling-steps", "3", "--num-images", "7", "--cfg-scale", "1.5")
 
 
 @pytest.fixture(scope="session")
@@ -81,3 +87,14 @@ def run_script(*command, **options) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, text=True, capture_output=True,
                           timeout=300, **options)  # fmt: skip
+
+
+def fails(main, argv: list, capsys) -> str:
+    """Run a script that must refuse: exit code 2, and one line, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        main([str(part) for part in argv])
+    assert error.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert re.match(r"(\S+: )?error: ", lines[-1]) and "Traceback" not in "".join(lines)  # argparse names the script first
+    return lines[-1]

@@ -1,10 +1,13 @@
 import math
+import re
 
 import golden_rule
 import pytest
 import torch
+from conftest import ROOT
 
 from edt.amm import modulation_matrix
+from edt.attention import attention
 
 GOLDEN = {name: value for name, value in golden_rule.load("edt.npz").items() if name.startswith("amm")}
 
@@ -43,3 +46,13 @@ def test_mistakes_are_named():
         modulation_matrix(8, "128")
     with pytest.raises(ValueError, match="radius"):
         modulation_matrix(8, radius=-1)
+
+
+def test_readme_modulates_another_transformer_as_edt_does():
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) if "(q @" in code]
+    qkv = torch.randn(2, 256, 3, 4, 64)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    names = {"q": q, "k": k, "v": v}
+    exec(example, names)
+    expected = attention(qkv, torch.zeros(4, 256, 256), names["modulation"])
+    torch.testing.assert_close(names["out"].transpose(1, 2).flatten(2), expected)

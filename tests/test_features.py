@@ -33,7 +33,19 @@ def vae(tmp_path_factory):
     return folder
 
 
-def argv(images, out, *more, vae="pixels", size=16):
+@pytest.fixture(scope="module")
+def large_images(image_folder, tmp_path_factory):
+    """Those images, 64 x 64: the smallest that both the VAE and EDT take."""
+    folder = tmp_path_factory.mktemp("large")
+    for file in image_folder.rglob("*.png"):
+        path = folder / file.relative_to(image_folder)
+        path.parent.mkdir(exist_ok=True)
+        Image.open(file).resize((64, 64)).save(path)
+    return folder
+
+
+def argv(images, out, *more, vae="pixels"):
+    size = 16 if vae == "pixels" else 64
     return [str(part) for part in ("--data-path", images, "--features-path", out, "--vae", vae, "--image-size", size,
                                    "--num-workers", 0, *more)]  # fmt: skip
 
@@ -84,15 +96,15 @@ def test_a_release_folder_without_manifest_is_read(tmp_path):
 
 
 @torch.no_grad()
-def test_fresh_features_hold_the_posterior_of_both_orientations(image_folder, vae, tmp_path):
-    extract(image_folder, tmp_path / "once", "--no-flip", vae=vae)
-    extract(image_folder, tmp_path / "fresh", "--draw", "fresh", vae=vae)
+def test_fresh_features_hold_the_posterior_of_both_orientations(large_images, vae, tmp_path):
+    extract(large_images, tmp_path / "once", "--no-flip", vae=vae)
+    extract(large_images, tmp_path / "fresh", "--draw", "fresh", vae=vae)
     fresh, plain, labels = read_all(tmp_path / "fresh")
     _, mirrored, _ = read_all(tmp_path / "fresh", np.ones(40, int))
-    assert fresh.fresh and plain.shape == (40, 8, 2, 2) and fresh.latent_shape == (4, 2, 2)
+    assert fresh.fresh and plain.shape == (40, 8, 8, 8) and fresh.latent_shape == (4, 8, 8)
     from edt.vae import load_vae
 
-    files = sorted(image_folder.rglob("*.png"), key=lambda path: (path.parent.name, path.name))
+    files = sorted(large_images.rglob("*.png"), key=lambda path: (path.parent.name, path.name))
     images = torch.stack(
         [torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 255 * 2 - 1 for file in files]
     )
@@ -103,15 +115,15 @@ def test_fresh_features_hold_the_posterior_of_both_orientations(image_folder, va
     assert abs(noise.mean()) < 0.15 and noise.std() == pytest.approx(1, abs=0.12)
     torch.testing.assert_close(sample_posterior(plain, noise), once, rtol=1e-3, atol=1e-3)
     with pytest.raises(SystemExit):
-        extract_features.main(argv(image_folder, tmp_path / "x", "--draw", "fresh", "--layout", "npy"))
-    extract(image_folder, tmp_path / "one-way", "--draw", "fresh", "--no-flip", vae=vae)
+        extract_features.main(argv(large_images, tmp_path / "x", "--draw", "fresh", "--layout", "npy"))
+    extract(large_images, tmp_path / "one-way", "--draw", "fresh", "--no-flip", vae=vae)
     assert torch.equal(read_all(tmp_path / "one-way", np.ones(40, int))[1], plain)
 
 
-def test_two_processes_of_another_batch_size_and_a_kill_make_the_same_files(image_folder, vae, tmp_path):
+def test_two_processes_of_another_batch_size_and_a_kill_make_the_same_files(large_images, vae, tmp_path):
     common = ("--shard-size", 3)
-    extract(image_folder, tmp_path / "whole", *common, "--batch-size", 32, vae=vae)
-    command = [*TORCHRUN, "extract_features.py", *argv(image_folder, tmp_path / "parts", *common, "--batch-size", 5, vae=vae)]
+    extract(large_images, tmp_path / "whole", *common, "--batch-size", 32, vae=vae)
+    command = [*TORCHRUN, "extract_features.py", *argv(large_images, tmp_path / "parts", *common, "--batch-size", 5, vae=vae)]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
     deadline = time.monotonic() + 120

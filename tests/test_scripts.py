@@ -1,9 +1,7 @@
 """The scripts as users start them: real processes for each launcher, every other choice in process."""
 
-import argparse
 import importlib.util
 import json
-import multiprocessing
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN, run_script
+from conftest import SAMPLE, TRAIN, fails, run_script
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,13 +18,10 @@ import image_generator
 import image_generator_ddp
 import train_mask_adan
 from edt.checkpoint import list_checkpoints
-from edt.cli import check_speed
-from edt.errors import UserError
 from edt.vae import PixelVAE
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
-SAMPLE = ("--num-sampling-steps", "3", "--num-images", "7", "--cfg-scale", "1.5")
 
 
 def metrics(run: Path) -> list[dict]:
@@ -35,17 +30,6 @@ def metrics(run: Path) -> list[dict]:
 
 def weights(run: Path, which: str = "ema") -> dict:
     return load_file(list_checkpoints(run / "checkpoints")[-1] / f"{which}.safetensors")
-
-
-def fails(main, argv: list, capsys) -> str:
-    """Run a script that must refuse: exit code 2, and one line, which is returned."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as error:
-        main([str(part) for part in argv])
-    assert error.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("error: ") and "Traceback" not in "".join(lines)
-    return lines[-1]
 
 
 @pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["python", "torchrun"])
@@ -243,19 +227,6 @@ def test_tracker(features, tmp_path, capsys):
         assert any(path.stat().st_size > 100 for path in (tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
-def test_resume_without_a_checkpoint_or_of_another_run_is_refused(features, run_folder, tmp_path, capsys):
-    base = [*TRAIN, "--feature-path", features, "--max-steps", 3]
-    assert "no whole checkpoint" in fails(train_mask_adan.main, [*base, "--run-dir", tmp_path / "a", "--resume"], capsys)
-    assert "no run of EDT-Tiny/2" in fails(train_mask_adan.main, [*base, "--results-dir", tmp_path, "--resume"], capsys)
-    assert "absent" in fails(train_mask_adan.main, [*base, "--run-dir", tmp_path, "--resume", tmp_path / "absent"], capsys)
-    copied = shutil.copytree(run_folder, tmp_path / "run")
-    continued = [*base, "--run-dir", copied]
-    assert "init_lr: 0.001 -> 0.01" in fails(train_mask_adan.main, [*continued, "--init-lr", 0.01], capsys)
-    assert "global_batch_size: 4 -> 8" in fails(train_mask_adan.main, [*continued, "--global-batch-size", 8], capsys)
-    assert train_mask_adan.main([str(part) for part in [*continued, "--global-batch-size", 8, "--allow-config-change"]]) == 0
-    assert "another model (depths" in fails(train_mask_adan.main, [*continued, "--model", "EDT-S/2"], capsys)
-
-
 def test_sampling_again_draws_only_what_is_missing(trained, tmp_path, capsys, monkeypatch):
     argv = ["--ckpt", str(trained), *SAMPLE, "--output-dir", str(tmp_path), "--per-proc-batch-size", "2"]
     image_generator_ddp.main([*argv[:-4], "--output-dir", str(tmp_path / "whole")])
@@ -278,120 +249,3 @@ def test_sampling_again_draws_only_what_is_missing(trained, tmp_path, capsys, mo
     assert np.abs(np.load(path)["arr_0"] - whole).max() <= 1
     image_generator_ddp.main(argv)  # nothing left to do
     assert len(calls) == 5 and capsys.readouterr().out.strip() == path
-
-
-def test_a_folder_of_another_recipe_is_refused(run_folder, tmp_path, capsys):
-    argv = ["--ckpt", str(run_folder), *SAMPLE, "--output-dir", str(tmp_path)]
-    image_generator_ddp.main(argv)
-    assert "labels: uniform -> balanced" in fails(image_generator_ddp.main, [*argv, "--labels", "balanced"], capsys)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: (folder / "imagenet_features" / "7.npy").write_bytes(b"\x93NUMPY"), "7.npy; it is damaged"),
-        (lambda folder: np.save(folder / "imagenet_features" / "7.npy", np.zeros((1, 3, 8, 8), np.float32)), "7.npy has shape"),
-        (lambda folder: (folder / "imagenet_labels" / "39.npy").unlink(), "40 features but 39 labels"),
-        (lambda folder: np.save(folder / "imagenet_labels" / "39.npy", np.array([3])), "label 3, beyond"),
-        (lambda folder: shutil.rmtree(folder / "imagenet_features"), "no features in"),
-        (lambda folder: [(folder / f"imagenet_{kind}" / "39.npy").unlink() for kind in ("labels", "features")], "39 of 40"),
-    ],
-)
-def test_damaged_features_are_named(damage, message, image_folder, tmp_path, capsys):
-    folder = tmp_path / "features"
-    extract_features.main(["--data-path", str(image_folder), "--features-path", str(folder), "--vae", "pixels", "--image-size",
-                           "16", "--num-workers", "0", "--layout", "npy"])  # fmt: skip
-    damage(folder)
-    argv = [*TRAIN, "--feature-path", folder, "--run-dir", tmp_path / "run", "--epochs", 1, "--num-workers", 1]
-    assert message in fails(train_mask_adan.main, argv, capsys)
-    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert multiprocessing.active_children() == []  # a worker left over would hold up the end of the process
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--model", "EDT-M/2"], "unknown model 'EDT-M/2'"),
-        (["--num-classes", 2], "label 2, beyond --num-classes 2"),
-        (["--global-batch-size", 41], "40 images are fewer"),
-        (["--image-size", 32], "image_size 16, not 32"),
-        (["--vae", "ema"], "vae pixels, not ema"),
-        (["--init-from", "absent.pt"], "no checkpoint at absent.pt"),
-    ],
-)
-def test_wrong_training_arguments_are_named(more, message, features, tmp_path, capsys):
-    argv = [*TRAIN, "--feature-path", features, "--run-dir", tmp_path / "run", "--max-steps", 1, *more]
-    assert message in fails(train_mask_adan.main, argv, capsys)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
-def test_speed_that_this_machine_cannot_give_is_refused(features, run_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))  # no compiler
-    monkeypatch.delenv("CXX", raising=False)
-    for more, message in ((["--attention", "triton"], "needs a GPU"), (["--compile", "block"], "C++ compiler")):
-        train = [*TRAIN, "--feature-path", features, "--run-dir", tmp_path / "run", "--max-steps", 1, *more]
-        sample = ["--ckpt", run_folder, "--output-dir", tmp_path / "samples", *more]
-        assert message in fails(train_mask_adan.main, train, capsys)
-        assert message in fails(image_generator_ddp.main, sample, capsys)
-        assert not (tmp_path / "run").exists() and not (tmp_path / "samples").exists()
-
-
-def test_bfloat16_is_refused_on_a_gpu_that_emulates_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    args = argparse.Namespace(precision="bf16", attention="auto", compile="off")
-    with pytest.raises(UserError, match="Tesla T4"):
-        check_speed(args, torch.device("cuda"))
-    args.precision = "tf32"
-    check_speed(args, torch.device("cuda"))
-
-
-@pytest.mark.parametrize(
-    ("main", "more", "message"),
-    [
-        (image_generator_ddp.main, ["--model", "EDT-S/2"], "not (1, 64, 312)"),
-        (image_generator_ddp.main, ["--model", "DiT-S/2"], "unknown model"),
-        (image_generator_ddp.main, ["--image-size", 32], "images of 16 pixels, not 32"),
-        (image_generator_ddp.main, ["--labels", "3"], "class 3 is outside the model's classes, 0 to 2"),
-        (image_generator_ddp.main, ["--cfg-scale", 0.9], "--cfg-scale must be 1"),
-        (image_generator_ddp.main, ["--num-sampling-steps", "0"], "sampling steps"),
-        (image_generator_ddp.main, ["--num-images", 0], "--num-images"),
-        (image_generator_ddp.main, ["--amm-blocks", "9"], "block 9 does not exist"),
-        (image_generator_ddp.main, ["--amm-blocks", "a"], "--amm-blocks"),
-        (image_generator_ddp.main, ["--model", "EDT-Tiny/2_noAMM", "--amm"], "--amm-blocks"),
-        (image_generator_ddp.main, ["--vae", "./absent"], "cannot load the VAE ./absent"),
-        (image_generator_ddp.main, ["--num-images", 10**13], "GiB"),
-        (image_generator_ddp.main, ["--amm", "--amm-radius", "-1"], "AMM radius"),
-        (image_generator_ddp.main, ["--solver", "dpm++", "--num-sampling-steps", "10,15,25"], "plain number"),
-        (image_generator_ddp.main, ["--cfg-interval", 700, 100], "--cfg-interval"),
-        (image_generator.main, ["--solver", "unipc", "--num-sampling-steps", "1001"], "1 to 999"),
-        (image_generator.main, ["--classes", "0", "-1"], "class -1 is outside"),
-        (image_generator.main, ["--classes", "3"], "class 3 is outside"),
-        (image_generator.main, ["--classes", "bees"], "did you mean bee?"),
-        (image_generator.main, ["--num-variations", 0], "--num-variations"),
-    ],
-)
-def test_wrong_sampling_arguments_are_named(main, more, message, run_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    argv = ["--ckpt", run_folder, "--num-sampling-steps", 2, "--output-dir", tmp_path / "out", *more]
-    assert message in fails(main, argv, capsys)
-    assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("*.png"))
-
-
-def test_wrong_images_are_named(image_folder, tmp_path, capsys):
-    def extract(folder, *more):
-        return ["--data-path", folder, "--features-path", tmp_path / "out", "--vae", "pixels", "--num-workers", 1, *more]
-
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "flat").mkdir()
-    shutil.copy(next(image_folder.rglob("*.png")), tmp_path / "flat")
-    for name in ("absent", "empty", "flat"):
-        assert name in fails(extract_features.main, extract(tmp_path / name, "--image-size", 16), capsys)
-    assert "image size 0" in fails(extract_features.main, extract(image_folder, "--image-size", 0), capsys)
-    assert not (tmp_path / "out").exists()
-    copied = shutil.copytree(image_folder, tmp_path / "images")
-    victim = next(copied.rglob("*.png"))
-    victim.write_bytes(victim.read_bytes()[:100])
-    assert str(victim) in fails(extract_features.main, extract(copied, "--image-size", 16), capsys)
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith("tmp")]

@@ -156,6 +156,8 @@ def open_npz_array(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int
                 if fortran_order and not dtype.hasobject:
                     file = io.BytesIO(read_npz(path, (name,))[name].tobytes())
                 yield file, shape, dtype
+    except UserError:
+        raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _unreadable(path, error) from None
 
