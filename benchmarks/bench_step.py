@@ -64,6 +64,7 @@ def main() -> int:
     p.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the fast rows")
     p.add_argument("--compile", nargs="*", choices=COMPILE, default=["off"], help="a row for each")
     p.add_argument("--steps", type=int, default=10)
+    p.add_argument("--profile", action="store_true", help="where the time of the last row goes, by operation")
     measure.add_arguments(p)
     args = p.parse_args()
     device = torch.device(args.device)
@@ -94,6 +95,13 @@ def main() -> int:
         row["images_per_sec"] = args.batch_size / row["median_sec"]
         row["model_tflops_per_sec"] = flops / row["median_sec"] / 1e12
         row["model_flops_utilization"] = peak and flops / row["median_sec"] / peak
+    if args.profile:
+        with torch.profiler.profile() as profile:
+            for _ in range(3):
+                run_fast(trainer)
+            measure.wait(device)
+        spent = f"self_{device.type}_time_total"
+        print(profile.key_averages().table(sort_by=spent, row_limit=20, max_name_column_width=40))
     kind = "gpu" if device.type == "cuda" else "cpu"
     measure.finish(f"step-{kind}-{args.model.split('/')[0]}-{args.precision}", args, device, result, errors)
     limit = GATES[args.precision]

@@ -89,7 +89,7 @@ def finish(name: str, args: argparse.Namespace, device: torch.device, rows: dict
     result = {"benchmark": name, "command": command, "date": datetime.date.today().isoformat(),
               "machine": machine(device), "rows": rows, "gates": gates}  # fmt: skip
     for label, row in rows.items():
-        print(f"{label:32}" + "  ".join(f"{key} {round(value, 4)}" for key, value in row.items() if value is not None))
+        print(f"{label:34}" + "  ".join(f"{key} {round(value, 4)}" for key, value in row.items() if value is not None))
     print("correctness", json.dumps({gate: float(f"{value:.2g}") for gate, value in gates.items()}))
     print(json.dumps(result["machine"]))
     if args.json is not None:
