@@ -58,21 +58,22 @@ def main(argv: list[str] | None = None) -> int:
         classes = [find_class(text, names) for text in args.classes]
     else:
         classes = IMAGENET_CLASSES if model.num_classes == 1000 else range(min(9, len(names)))
+    blocks = apply_amm(model, args, on=bool(args.amm))
     folder = make_folder(Path(args.output_dir) / f"seed{args.seed}-cfg{args.cfg_scale}")
     labels = torch.tensor([label for label in classes for _ in range(args.num_variations)])
 
-    def draw(on: bool) -> tuple[tuple[int, ...], torch.Tensor]:
-        """The modulated blocks, and images (classes, variations, H, W, 3)."""
-        blocks = apply_amm(model, args, on)
+    def draw() -> torch.Tensor:
+        """Images (classes, variations, H, W, 3)."""
         batches = generate(
             model, vae, recipe, torch.arange(len(labels)), args.per_proc_batch_size, labels=labels, progress=True
         )
-        return blocks, torch.cat([batch.images for batch in batches]).unflatten(0, (len(classes), args.num_variations))
+        return torch.cat([batch.images for batch in batches]).unflatten(0, (len(classes), args.num_variations))
 
-    blocks, images = draw(on=bool(args.amm))
+    images = draw()
     name, captions = "amm-" + "-".join(map(str, blocks)) if blocks else "noamm", ()
     if args.amm == "both":
-        without = draw(on=False)[1]
+        apply_amm(model, args, on=False)
+        without = draw()
         images = torch.stack([images, without, difference(images, without)], dim=2).flatten(1, 2)
         captions = [f"AMM {', '.join(map(str, blocks))}", "without", "difference"] * args.num_variations
         name += "-and-without"

@@ -45,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--run-dir", help="the run's folder; one that holds a checkpoint is continued")
     g.add_argument("--resume", "--checkpoint-path", nargs="?", const="", metavar="PATH",
                    help="demand a checkpoint to continue from: PATH, or the newest of --run-dir")  # fmt: skip
-    g.add_argument("--resume-step", type=int, help="continue from this step of --run-dir")
-    g.add_argument("--allow-config-change", action="store_true", help="continue with other flags of the method")
+    g.add_argument("--resume-step", type=int, help="demand this step's checkpoint")
+    g.add_argument("--allow-config-change", action="store_true", help="continue with other flags of the method, or features")
     g.add_argument("--init-from", metavar="CKPT", help="start from the weights of another model, as far as they fit")
     g.add_argument("--epochs", type=COUNT, default=90)
     g.add_argument("--max-steps", type=COUNT, help="stop here instead of after --epochs")
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--ckpt-every", type=COUNT, default=50_000, help="steps")
     g.add_argument("--keep-last", type=COUNT, default=3, help="checkpoints that stay")
     g.add_argument("--keep-every", type=COUNT, default=50_000, help="checkpoints at multiples of this many steps stay")
-    g.add_argument("--sample-every", type=COUNT, help="steps between grids of EMA samples from the same noise")
+    g.add_argument("--sample-every", type=number(least=0), help="steps between grids of EMA samples from the same noise")
     g.add_argument("--tracker", choices=["tensorboard", "wandb"], help="besides log.txt and metrics.jsonl")
     g.add_argument("--num-workers", type=number(least=0), default=4)
 
@@ -99,12 +99,13 @@ def main(argv: list[str] | None = None) -> int:
     model.set_attention(args.attention)
     trainer = Trainer(model, config, accelerator, args.mini_batch_size, args.separate_passes, args.compile)
 
-    folder = broadcast_object_list([run_folder(args.run_dir, args.results_dir, args.model, args.resume)])[0]
+    resume = "" if args.resume is None and args.resume_step is not None else args.resume
+    folder = broadcast_object_list([run_folder(args.run_dir, args.results_dir, args.model, resume)])[0]
     run = Run(folder, {"name": args.model, "features": features.notes()}, args.keep_last, args.keep_every)
     with locked(run.folder) if accelerator.is_main_process else contextlib.nullcontext():
         accelerator.wait_for_everyone()
         log_to(run.folder / "log.txt", accelerator.is_main_process)
-        checkpoint = run.find(args.resume, args.resume_step)
+        checkpoint = run.find(resume, args.resume_step)
         if checkpoint is not None:
             run.load(trainer, checkpoint, args.allow_config_change)
             logging.info("resumed %s at step %d, epoch %.2f", checkpoint, trainer.step, trainer.step / epoch_steps)

@@ -171,7 +171,8 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, torch.
         contents = read_release(path)
         weights, notes = contents.get(which, contents), {}
         if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-            raise UserError(f"{path} holds no named tensors as {which}; export the weights alone")
+            mend = "give --weights model, or export the weights alone" if "model" in contents else "export the weights alone"
+            raise UserError(f"{path} holds no named tensors as {which}; {mend}")
         weights = _strip(weights)
     config = EDTConfig.from_dict(notes["model"]) if "model" in notes else EDTConfig.from_state_dict(weights)
     return weights, config, notes

@@ -1,6 +1,7 @@
 """What the command-line scripts share."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -42,7 +43,8 @@ def exit_on_user_error(main: Callable) -> Callable:
             message = (
                 f"{error.strerror} ({error.filename or 'while writing'}); what was finished is whole: make room, run again"
             )
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the console's output may go to the full disk
+            print(f"error: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2)
 
     return run
@@ -62,9 +64,9 @@ def number(kind: type = int, least: float = -math.inf, above: float = -math.inf,
 
     def read(text: str) -> int | float:
         value = kind(text)  # argparse says what a ValueError means
-        if not (least <= value <= most and value > above and math.isfinite(value)):
-            wanted = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound))
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted or 'finite'}")
+        if not (least <= value <= most and value > above and abs(value) < math.inf):
+            wanted = [f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound)]
+            raise argparse.ArgumentTypeError(f"{text} is not " + " and ".join(["finite"] * (kind is float) + wanted))
         return value
 
     read.__name__ = kind.__name__  # which argparse names
@@ -163,7 +165,7 @@ def add_sampling_arguments(
     add_speed_arguments(p)
     g = p.add_argument_group("Attention Modulation Matrix")
     g.add_argument("--amm", nargs="?", const=True, type=amm, metavar=amm_values)
-    g.add_argument("--no-amm", dest="amm", action="store_false")
+    g.add_argument("--no-amm", dest="amm", action="store_false", help="off, whatever the options below say")
     g.add_argument("--amm-blocks", help="0-based, e.g. 7,10; default: placed by model, resolution and guidance scale")
     g.add_argument("--amm-form", choices=["256", "512"], help="default: by resolution")
     g.add_argument("--amm-radius", type=float, help="tokens; default: the paper's sqrt((N-1)^2+4)")
@@ -175,8 +177,6 @@ def make_recipe(args: argparse.Namespace, seed: int, labels: str = "uniform") ->
     Raises:
         UserError: they cannot be combined.
     """
-    if args.amm is False and (args.amm_blocks, args.amm_form, args.amm_radius) != (None, None, None):
-        raise UserError("--no-amm and --amm-blocks, --amm-form or --amm-radius contradict each other; leave one out")
     if not args.num_sampling_steps:
         raise UserError("--num-sampling-steps is empty; give a number, like 250")
     interval = tuple(args.cfg_interval) if args.cfg_interval else None

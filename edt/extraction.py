@@ -128,7 +128,10 @@ class Extraction:
         manifest then, so that :meth:`run` makes them anew; returns them."""
         manifest = read_json(self.path / MANIFEST) if (self.path / MANIFEST).exists() else {}
         shards = manifest.get("shards", [])
-        files = [(self.path / shard["file"], shard["sha256"]) for shard in shards[self.share.start :: self.share.step]]
+        try:
+            files = [(self.path / shard["file"], shard["sha256"]) for shard in shards[self.share.start :: self.share.step]]
+        except (KeyError, TypeError):
+            raise UserError(f"{self.path / MANIFEST} is not of an extraction; give another --features-path") from None
         damaged = [file for file, sha256 in files if not file.exists() or file_sha256(file) != sha256]
         for file in damaged:
             file.unlink(missing_ok=True)

@@ -57,11 +57,13 @@ class Features(torch.utils.data.Dataset):
 
     def notes(self) -> dict:
         """What a checkpoint records of its features."""
-        names = ("image_size", "scaling_factor", "classes", "draw", "images_sha256")
+        names = ("image_size", "scaling_factor", "classes", "draw", "flips", "images_sha256")
         notes = {"count": len(self), **{name: self.manifest[name] for name in names if name in self.manifest}}
         if "seed" in self.manifest:
             notes["extraction_seed"] = self.manifest["seed"]
-        return {**notes, "vae": self.manifest["vae"]["id"]} if "vae" in self.manifest else notes
+        if "vae" in self.manifest:
+            notes |= {"vae": self.manifest["vae"]["id"], "vae_sha256": self.manifest["vae"]["sha256"]}
+        return notes
 
     def __len__(self) -> int:
         return len(self.labels)

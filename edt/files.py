@@ -102,8 +102,13 @@ def claim(path: str | Path, made_from: dict, remedy: str, notes: dict | None = N
 def differences(there: dict, here: dict) -> str:
     """ "name: there -> here" of the values that differ; "" if none do."""
     names = [name for name in there | here if there.get(name) != here.get(name)]
-    return ", ".join(f"{name}: {_shown(there.get(name))} -> {_shown(here.get(name))}" for name in names)
+    return ", ".join(_difference(name, there.get(name), here.get(name)) for name in names)
 
 
-def _shown(value: object) -> object:
-    return f"{len(value)} values" if isinstance(value, list | tuple) and len(value) > 8 else value
+def _difference(name: str, old: object, new: object) -> str:
+    long = [isinstance(value, list | tuple) and len(value) > 8 for value in (old, new)]
+    if all(long) and len(old) == len(new):
+        i = next(i for i, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
+        return _difference(f"{name}[{i}]", old[i], new[i])
+    old, new = (f"{len(value)} values" if cut else value for value, cut in zip((old, new), long, strict=True))
+    return f"{name}: {old} -> {new}"

@@ -164,15 +164,19 @@ def fit(trainer: Trainer, features: Features, run: Run, config: FitConfig, draw_
                 raise UserError(f"{trainer.bad_in_a_row} steps in a row were not finite; the last good checkpoint is {last}")
             if logs:
                 row = meter.read(indices.steps_per_epoch)
-                accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, step=trainer.step)
+                with _going_on("tracker"):
+                    accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, step=trainer.step)
                 if main:
-                    run.log_metrics(row)
                     logger.info(CONSOLE_LINE, row)
+                    with _going_on("metrics"):
+                        run.log_metrics(row)
             if main and config.sample_every and trainer.step % config.sample_every == 0:
-                draw_samples()
+                with _going_on("samples"):
+                    draw_samples()
             stopping = _any(stop.number is not None, processes) or trainer.step == config.max_steps
             if main and (stopping or trainer.step % config.ckpt_every == 0):
-                _save(run, trainer, must=stopping)
+                with contextlib.nullcontext() if stopping else _going_on("checkpoint"):
+                    logger.info("saved %s", run.save(trainer))
         accelerator.wait_for_everyone()
     return 130 if stop.number == signal.SIGINT else 0
 
@@ -189,18 +193,19 @@ def write_sample_grid(trainer: Trainer, vae: PixelVAE | LatentVAE, folder: Path)
         Image.fromarray(grid(done.images.unflatten(0, (rows, columns))).numpy()).save(temporary, format="png")
 
 
-def _save(run: Run, trainer: Trainer, must: bool) -> None:
+@contextlib.contextmanager
+def _going_on(what: str) -> Iterator[None]:
+    """A full disk costs what is written here, not the run: the next time may find room."""
     try:
-        logger.info("saved %s", run.save(trainer))
-    except UserError as error:
-        if must:
-            raise
-        logger.error("%s; training goes on", error)  # the next one may find room
+        yield
+    except (OSError, UserError) as error:
+        logger.error("%s: %s; training goes on", what, error)
 
 
 @contextlib.contextmanager
 def _progress(step: int, max_steps: int, main: bool) -> Iterator[tqdm]:
-    with tqdm(total=max_steps, initial=step, unit="step", disable=not main) as bar, logging_redirect_tqdm():
+    disable = None if main else True  # None: but for a terminal. Elsewhere there is the log, and a write that may fail
+    with tqdm(total=max_steps, initial=step, unit="step", disable=disable) as bar, logging_redirect_tqdm():
         yield bar
 
 
@@ -220,5 +225,6 @@ def _any(flag: bool, processes: dist.ProcessGroup | None) -> bool:
 
 def log_to(path: Path, main: bool) -> None:
     """Log to the console and to a file, from the main process."""
+    logging.raiseExceptions = False  # a full disk is no reason for a traceback at every line
     handlers = [logging.StreamHandler(), logging.FileHandler(path)] if main else [logging.NullHandler()]
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", handlers=handlers, force=True)

@@ -7,10 +7,12 @@ Starting in a folder that holds a checkpoint of the same configuration continues
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,7 +126,8 @@ class Run:
             return chosen
         found = newest_checkpoint(path / "checkpoints")
         if found is None and (there or resume is not None):
-            raise UserError(f"no whole checkpoint in {path / 'checkpoints'} to resume from; another --run-dir starts anew")
+            mend = "another --run-dir starts anew" if resume is None else "leave --resume out to start anew"
+            raise UserError(f"no whole checkpoint in {path / 'checkpoints'} to resume from; {mend}")
         return found
 
     def load(self, trainer: Trainer, checkpoint: Path, allow_changes: bool = False) -> None:
@@ -153,9 +156,20 @@ class Run:
         trainer.load_state({name: read_tensors(checkpoint / f"{name}.safetensors") for name in names}, state)
 
     def log_metrics(self, row: dict) -> None:
-        """Append a line to the JSONL file; what is not finite, a mean of nothing, becomes null."""
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps({name: _finite(value) for name, value in row.items()}) + "\n")
+        """Append a line to the JSONL file, whole or not at all; what is not finite, a mean of nothing, becomes null.
+
+        Raises:
+            UserError: there is no room.
+        """
+        line = json.dumps({name: _finite(value) for name, value in row.items()}).encode() + b"\n"
+        try:
+            with open(self.metrics, "ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(line) < len(line):
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise UserError(f"cannot write to {self.metrics} ({error.strerror}); make room") from None
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop a torn last line, and the lines of steps that are about to be taken again. For the main process."""

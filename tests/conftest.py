@@ -1,6 +1,7 @@
 import logging
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,11 @@ def run_script(*command, **options) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, text=True, capture_output=True,
                           timeout=300, **options)  # fmt: skip
+
+
+def limited(file_size: int) -> dict:
+    """What `ulimit -f` does, in bytes: a write beyond it fails as on a full disk. For run_script."""
+    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))}
 
 
 def fails(main, argv: list, capsys) -> str:

@@ -20,12 +20,14 @@ import train_mask_adan
 from edt.checkpoint import list_checkpoints
 from edt.cli import check_speed
 from edt.errors import UserError
+from edt.files import differences
 
 
 def test_resume_without_a_checkpoint_or_of_another_run_is_refused(features, run_folder, tmp_path, capsys):
     base = [*TRAIN, "--feature-path", features, "--max-steps", 3]
-    assert "no whole checkpoint" in fails(train_mask_adan.main, [*base, "--run-dir", tmp_path / "a", "--resume"], capsys)
-    assert "no run of EDT-Tiny/2" in fails(train_mask_adan.main, [*base, "--results-dir", tmp_path, "--resume"], capsys)
+    assert "leave --resume out" in fails(train_mask_adan.main, [*base, "--run-dir", tmp_path / "a", "--resume"], capsys)
+    for demand in (["--resume"], ["--resume-step", 2]):
+        assert "no run of EDT-Tiny/2" in fails(train_mask_adan.main, [*base, "--results-dir", tmp_path, *demand], capsys)
     assert "absent" in fails(train_mask_adan.main, [*base, "--run-dir", tmp_path, "--resume", tmp_path / "absent"], capsys)
     copied = shutil.copytree(run_folder, tmp_path / "run")
     continued = [*base, "--run-dir", copied]
@@ -118,7 +120,6 @@ def test_bfloat16_is_refused_on_a_gpu_that_emulates_it(monkeypatch):
         (image_generator_ddp.main, ["--vae", "./absent"], "cannot load the VAE ./absent"),
         (image_generator_ddp.main, ["--num-images", 10**13], "GiB"),
         (image_generator_ddp.main, ["--amm", "--amm-radius", "-1"], "AMM radius"),
-        (image_generator_ddp.main, ["--no-amm", "--amm-blocks", "1"], "contradict"),
         (image_generator_ddp.main, ["--solver", "dpm++", "--num-sampling-steps", "10,15,25"], "plain number"),
         (image_generator_ddp.main, ["--cfg-interval", 700, 100], "--cfg-interval"),
         (image_generator.main, ["--solver", "unipc", "--num-sampling-steps", "1001"], "1 to 999"),
@@ -126,13 +127,15 @@ def test_bfloat16_is_refused_on_a_gpu_that_emulates_it(monkeypatch):
         (image_generator.main, ["--classes", "3"], "class 3 is outside"),
         (image_generator.main, ["--classes", "bees"], "did you mean bee?"),
         (image_generator.main, ["--num-variations", 0], "--num-variations"),
+        (image_generator.main, ["--amm-blocks", "9"], "block 9 does not exist"),
     ],
 )
 def test_wrong_sampling_arguments_are_named(main, more, message, run_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     argv = ["--ckpt", run_folder, "--num-sampling-steps", 2, "--output-dir", tmp_path / "out", *more]
     assert message in fails(main, argv, capsys)
-    assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("*.png"))
+    assert not list(tmp_path.rglob("*.npz"))
+    assert main is image_generator_ddp.main or not (tmp_path / "out").exists()
 
 
 def test_wrong_images_are_named(image_folder, tmp_path, capsys):
@@ -167,7 +170,8 @@ def test_wrong_images_are_named(image_folder, tmp_path, capsys):
         (train_mask_adan.main, "--mini-batch-size", ["-7"]),
         (train_mask_adan.main, "--init-lr", ["0", "-1", "nan", "inf", "fast"]),
         (train_mask_adan.main, "--lr-steps", ["0"]),
-        (train_mask_adan.main, "--clip", ["0", "nan"]),
+        (train_mask_adan.main, "--clip", ["0", "nan", "inf"]),
+        (train_mask_adan.main, "--sample-every", ["-1"]),
         (train_mask_adan.main, "--ema-decay", ["2", "-1", "nan"]),
         (train_mask_adan.main, "--max-bad-steps", ["0"]),
         (extract_features.main, "--batch-size", ["0"]),
@@ -190,7 +194,7 @@ def test_numbers_out_of_range_are_named(main, option, values, features, run_fold
     assert not (tmp_path / "out").exists()
 
 
-def test_places_that_cannot_be_written_are_named(features, run_folder, image_folder, tmp_path, capsys):
+def test_places_that_cannot_be_written_are_named(features, run_folder, image_folder, tmp_path, capsys, monkeypatch):
     file = tmp_path / "file"
     file.touch()
     extract = ["--data-path", image_folder, "--vae", "pixels", "--image-size", 16, "--num-workers", 0]
@@ -204,6 +208,8 @@ def test_places_that_cannot_be_written_are_named(features, run_folder, image_fol
         assert "choose another place" in fails(main, argv, capsys)
     scores = [image_folder, image_folder, "--features", "pixels", "--json", tmp_path]
     assert f"{tmp_path} is a folder" in fails(evaluator.main, scores, capsys)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # what the superuser is never told
+    assert "Permission denied" in fails(extract_features.main, [*extract, "--features-path", tmp_path / "out"], capsys)
 
 
 def continued(run_folder: Path, features: Path, folder: Path, *more) -> list[str]:
@@ -228,12 +234,33 @@ def test_other_features_are_noticed(run_folder, features, image_folder, tmp_path
     images = shutil.copytree(image_folder, tmp_path / "images")
     os.rename(images / "cat", images / "cow")
     extract = ["--data-path", str(images), "--vae", "pixels", "--image-size", "16", "--num-workers", "0", "--global-seed", "5"]
-    extract_features.main([*extract, "--features-path", str(tmp_path / "features")])
+    extract_features.main([*extract, "--features-path", str(tmp_path / "features"), "--no-flip"])
     argv = continued(run_folder, tmp_path / "features", tmp_path / "run")
     message = fails(train_mask_adan.main, argv, capsys)
     assert "classes: ['ant', 'bee', 'cat'] -> ['ant', 'bee', 'cow']" in message and "extraction_seed: 0 -> 5" in message
+    assert "flips: once -> none" in message
     assert "images_sha256" in message and "count" not in message
     assert train_mask_adan.main([*argv, "--allow-config-change"]) == 0
+
+
+def test_differences_are_shown_where_they_are():
+    names = [f"class {i}" for i in range(1000)]
+    assert differences({"classes": names, "n": 1}, {"classes": names, "n": 1}) == ""
+    assert differences({"classes": names}, {"classes": [*names[:7], "owl", *names[8:]]}) == "classes[7]: class 7 -> owl"
+    assert differences({"classes": names}, {"classes": names[:9]}) == "classes: 1000 values -> 9 values"
+    assert differences({"classes": names}, {}) == "classes: 1000 values -> None"
+
+
+def test_a_checkpoint_that_knows_less_of_its_features_is_continued(run_folder, features, tmp_path, capsys):
+    argv = continued(run_folder, features, tmp_path / "run")
+    (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["features"] = {name: config["features"][name] for name in ("image_size", "scaling_factor", "classes", "draw", "vae")}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "manifest.json").write_text("{}")
+    assert train_mask_adan.main(argv) == 0
+    config = json.loads((list_checkpoints(checkpoint.parent)[-1] / "config.json").read_text())
+    assert config["features"]["count"] == 40 and config["features"]["flips"] == "once"
 
 
 def test_a_run_of_damaged_checkpoints_is_left_alone(run_folder, features, tmp_path, capsys):
@@ -242,18 +269,22 @@ def test_a_run_of_damaged_checkpoints_is_left_alone(run_folder, features, tmp_pa
     assert "its steps: 2" in fails(train_mask_adan.main, [*argv, "--resume-step", 1], capsys)
     os.truncate(checkpoint / "ema.safetensors", 1000)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    assert "no whole checkpoint" in fails(train_mask_adan.main, argv, capsys)
+    assert "another --run-dir" in fails(train_mask_adan.main, argv, capsys)
     assert "no whole checkpoint" in fails(image_generator_ddp.main, ["--ckpt", tmp_path / "run", *SAMPLE], capsys)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before and list_checkpoints(checkpoint.parent) == [checkpoint]
 
 
-def test_files_of_another_make_are_named(run_folder, features, tmp_path, capsys):
+def test_files_of_another_make_are_named(run_folder, image_folder, tmp_path, capsys):
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / "manifest.json").write_text('{"shards": 3}')
     argv = [*TRAIN, "--feature-path", tmp_path / "features", "--run-dir", tmp_path / "run"]
     assert "features/manifest.json" in fails(train_mask_adan.main, argv, capsys)
+    argv = ["--data-path", image_folder, "--features-path", tmp_path / "features", "--vae", "pixels", "--image-size", 16]
+    assert "features/manifest.json" in fails(extract_features.main, argv, capsys)
     torch.save({"ema": 5}, tmp_path / "a.pt")
     assert "a.pt holds no named tensors" in fails(image_generator_ddp.main, ["--ckpt", tmp_path / "a.pt", *SAMPLE], capsys)
+    torch.save({"model": {}, "opt": {}}, tmp_path / "b.pt")
+    assert "--weights model" in fails(image_generator_ddp.main, ["--ckpt", tmp_path / "b.pt", *SAMPLE], capsys)
     checkpoint = shutil.copytree(list_checkpoints(run_folder / "checkpoints")[-1], tmp_path / "checkpoint")
     (checkpoint / "config.json").write_text("[]")
     assert "config.json" in fails(image_generator_ddp.main, ["--ckpt", checkpoint, *SAMPLE], capsys)

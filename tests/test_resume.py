@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TRAIN, run_script
+from conftest import ROOT, TRAIN, limited, run_script
 from safetensors.torch import load_file, save_file
 
 import train_mask_adan
@@ -196,13 +195,25 @@ def test_a_full_disk_keeps_the_checkpoint_before(features, tmp_path):
     train(features, tmp_path / "run", 2)
     size = max(path.stat().st_size for path in (tmp_path / "run" / "checkpoints" / "0000002").iterdir())
 
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    done = run_script(*command(features, tmp_path / "run", 4, "--ckpt-every", 1), preexec_fn=limit)
+    done = run_script(*command(features, tmp_path / "run", 4, "--ckpt-every", 1), **limited(size // 2))
     assert done.returncode == 2
     assert "cannot write the checkpoint" in done.stderr.strip().splitlines()[-1] and "training goes on" in done.stderr
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["0000002"]
+    train(features, tmp_path / "run", 4)
+    train(features, tmp_path / "whole", 4)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_disk_without_any_room_costs_what_was_to_be_written_only(features, tmp_path):
+    """Not even a log line can be written after the first 2000 bytes of a file, nor to where the console's output goes."""
+    train(features, tmp_path / "run", 2)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    more = ("--ckpt-every", 2, "--sample-every", 3)
+    silenced = ("sh", "-c", 'exec "$@" > /dev/full 2>&1', "sh")
+    assert run_script(*silenced, *command(features, tmp_path / "run", 12, *more), **limited(2000)).returncode == 2
+    after = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert after.startswith(before) and len(before) < len(after) <= 2000
+    assert [json.loads(line)["step"] for line in after.splitlines()][:3] == [1, 2, 3]
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["0000002"]
     train(features, tmp_path / "run", 4)
     train(features, tmp_path / "whole", 4)

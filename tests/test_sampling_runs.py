@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, limited, run_script
 from PIL import Image
 
 import image_generator_ddp
@@ -114,11 +113,6 @@ def test_writing_samples_takes_no_memory_for_those_written():
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["file_gib"] > 0.18 and report["peak_beyond_baseline_gib"] < 0.09
-
-
-def limited(file_size: int):
-    """What `ulimit -f` does, in bytes: a write beyond it fails as on a full disk."""
-    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))}
 
 
 def refused(done: subprocess.CompletedProcess) -> str:

@@ -129,7 +129,7 @@ def test_training_choices(choice, features, run_folder, tmp_path):
     [
         ((), "noamm"),
         (("--no-amm",), "noamm"),
-        (("--amm", "False"), "noamm"),
+        (("--amm", "False", "--amm-blocks", "3"), "noamm"),
         (("--amm", "true"), "amm-4-6"),
         (("--amm", "--cfg-scale", "2"), "amm-4"),
         (("--amm-blocks", "3,5", "--amm-form", "512", "--amm-radius", "2.5"), "amm-3-5"),
