@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--ckpt-every", type=COUNT, default=50_000, help="steps")
     g.add_argument("--keep-last", type=COUNT, default=3, help="checkpoints that stay")
     g.add_argument("--keep-every", type=COUNT, default=50_000, help="checkpoints at multiples of this many steps stay")
-    g.add_argument("--sample-every", type=number(least=0), help="steps between grids of EMA samples from the same noise")
+    g.add_argument("--sample-every", type=number(least=0), help="steps between grids of EMA samples from one noise; 0: none")
     g.add_argument("--tracker", choices=["tensorboard", "wandb"], help="besides log.txt and metrics.jsonl")
     g.add_argument("--num-workers", type=number(least=0), default=4)
 

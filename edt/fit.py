@@ -195,7 +195,7 @@ def write_sample_grid(trainer: Trainer, vae: PixelVAE | LatentVAE, folder: Path)
 
 @contextlib.contextmanager
 def _going_on(what: str) -> Iterator[None]:
-    """A full disk costs what is written here, not the run: the next time may find room."""
+    """What cannot be written, on a full disk or for want of finite samples, is not worth the run: the next time may do."""
     try:
         yield
     except (OSError, UserError) as error:
@@ -204,7 +204,7 @@ def _going_on(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(step: int, max_steps: int, main: bool) -> Iterator[tqdm]:
-    disable = None if main else True  # None: but for a terminal. Elsewhere there is the log, and a write that may fail
+    disable = None if main else True  # None: a bar on a terminal only. A file has the log's lines, and may find no room
     with tqdm(total=max_steps, initial=step, unit="step", disable=disable) as bar, logging_redirect_tqdm():
         yield bar
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -205,19 +206,27 @@ def test_a_full_disk_keeps_the_checkpoint_before(features, tmp_path):
 
 
 def test_a_disk_without_any_room_costs_what_was_to_be_written_only(features, tmp_path):
-    """Not even a log line can be written after the first 2000 bytes of a file, nor to where the console's output goes."""
-    train(features, tmp_path / "run", 2)
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    more = ("--ckpt-every", 2, "--sample-every", 3)
-    silenced = ("sh", "-c", 'exec "$@" > /dev/full 2>&1', "sh")
-    assert run_script(*silenced, *command(features, tmp_path / "run", 12, *more), **limited(2000)).returncode == 2
-    after = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    """No file grows beyond 2000 bytes: not log, metrics, pictures or checkpoints. Training goes on to its end."""
+    run = tmp_path / "run"
+    train(features, run, 2)
+    before = (run / "metrics.jsonl").read_bytes()
+    done = run_script(*command(features, run, 8, "--ckpt-every", 4, "--sample-every", 5), **limited(2000))
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith(f"error: cannot write the checkpoint {run / 'checkpoints' / '0000008'}")
+    for what in ("metrics", "samples", "checkpoint"):
+        assert re.search(f"{what}: .*; training goes on", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr and os.listdir(run / "checkpoints") == ["0000002"]
+    after = (run / "metrics.jsonl").read_bytes()
     assert after.startswith(before) and len(before) < len(after) <= 2000
     assert [json.loads(line)["step"] for line in after.splitlines()][:3] == [1, 2, 3]
-    assert os.listdir(tmp_path / "run" / "checkpoints") == ["0000002"]
-    train(features, tmp_path / "run", 4)
-    train(features, tmp_path / "whole", 4)
+
+
+def test_a_console_that_takes_nothing_stops_no_run(features, tmp_path):
+    silenced = ("sh", "-c", 'exec "$@" > /dev/full 2>&1', "sh")  # its output on a full disk
+    assert run_script(*silenced, *command(features, tmp_path / "run", 3)).returncode == 0
+    train(features, tmp_path / "whole", 3)
     assert_same(tmp_path / "run", tmp_path / "whole")
+    assert run_script(*silenced, *command(features, tmp_path / "run", 4, "--init-lr", 1)).returncode == 2
 
 
 def test_a_truncated_checkpoint_is_passed_over(features, tmp_path, caplog):
