@@ -32,9 +32,7 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a program'
 # H100, B200, RTX 50
 
 
-def compile_kernel(
-    kernel: str, heads: int, tokens: int, arithmetic: str, modulated: bool, width: int = 52, sm: int = 90
-) -> dict:
+def compile_kernel(kernel: str, heads: int, tokens: int, arithmetic: str, modulated: bool, width: int, sm: int) -> dict:
     """Compile as a launch would, with the bias and the modulation in float32; one row of the report."""
     dtype, pointer = ARITHMETIC[arithmetic]
     torch.backends.cuda.matmul.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
@@ -77,14 +75,18 @@ def main() -> None:
     p.add_argument("--image-sizes", nargs="+", type=int, choices=HEADS, default=list(HEADS), help="pixels")
     p.add_argument("--tokens", nargs="+", type=int, default=[16, 64, 256, 1024])
     p.add_argument("--arithmetic", nargs="+", choices=ARITHMETIC, default=list(ARITHMETIC))
+    p.add_argument("--head-width", type=int, default=52, help="72 is DiT-XL's")
     p.add_argument("--sm", type=int, choices=SHARED_KIB, default=90, help="compute capability of the GPU, times ten")
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = p.parse_args()
     stages = [(heads, n) for size in args.image_sizes for n, heads in HEADS[size].items() if n in args.tokens]
     cases = itertools.product(args.arithmetic, stages, KERNELS, (False, True))
-    rows = [compile_kernel(kernel, *stage, arithmetic, modulated, sm=args.sm) for arithmetic, stage, kernel, modulated in cases]
+    rows = [
+        compile_kernel(kernel, *stage, arithmetic, modulated, args.head_width, args.sm)
+        for arithmetic, stage, kernel, modulated in cases
+    ]
     about = {"triton": triton.__version__, "python": platform.python_version(), "target": f"sm_{args.sm}",
-             "shared_kib": SHARED_KIB[args.sm], "head_width": 52}  # fmt: skip
+             "shared_kib": SHARED_KIB[args.sm], "head_width": args.head_width}  # fmt: skip
     if args.json:
         print(json.dumps({**about, "rows": rows}))
     else:

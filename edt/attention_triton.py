@@ -265,12 +265,13 @@ KERNELS = {"forward": _forward, "grad_q": _grad_q, "grad_kv": _grad_kv, "grad_bi
 
 
 def choose_tile(tokens: int, width: int, dtype: torch.dtype, precision: str) -> Tile:
-    """The largest that compile for an H100 (next to) without spills, benchmarks/results; its wgmma needs 64 owned rows."""
+    """The largest that compile for an H100 without spills, benchmarks/results; its wgmma needs 64 owned rows."""
+    no_tensor_cores = dtype == torch.float32 and precision == "ieee"
     if tokens <= 16:
-        return Tile(16, 16, 1, 1)
+        return Tile(16, 16, 2 if no_tensor_cores else 1, 1)
     if dtype != torch.float32:
         return Tile(64, 64 if width <= 64 else 32, 4, 2)
-    return Tile(64 if precision == "tf32" and width <= 64 else 32, 32, 4, 2)
+    return Tile(32, 16, 4, 2) if no_tensor_cores or width > 64 else Tile(64, 32, 4, 2)
 
 
 def constants(kernel: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict:

@@ -286,20 +286,27 @@ def check_report(found: dict, count: int) -> None:
         if found["target"] != "sm_90":
             assert row["spills"] < 100, row  # what they are tuned for is an H100; elsewhere they must run
             continue
-        assert row["spills"] == 0 or row["arithmetic"] != "bf16", row
-        assert row["wgmma"] or row["tokens"] == 16 or row["arithmetic"] == "fp32", row
+        assert row["spills"] == 0, row
+        if found["head_width"] == 52:
+            assert row["wgmma"] or row["tokens"] == 16 or row["arithmetic"] == "fp32", row
 
 
 @outside
 def test_kernels_compile_for_sm90():
-    check_report(report("--image-sizes", "256", "--tokens", "256", "--arithmetic", "bf16"), 8)
+    check_report(report("--image-sizes", "256", "--tokens", "256"), 3 * 8)
 
 
 @outside
 @pytest.mark.slow
 def test_kernels_compile_for_sm90_at_every_shape():
-    check_report(report("--arithmetic", "bf16"), 6 * 8)
-    check_report(report("--image-sizes", "256", "--tokens", "256", "--arithmetic", "tf32", "fp32"), 2 * 8)
+    check_report(report(), 3 * 6 * 8)
+
+
+@outside
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [72, 128])
+def test_wide_heads_compile_for_sm90(width):
+    check_report(report("--head-width", str(width), "--image-sizes", "256", "--tokens", "256"), 3 * 8)
 
 
 @outside
