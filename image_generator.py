@@ -1,7 +1,8 @@
-"""Draw images of chosen classes, with and without AMM and their difference, from the same noise, as a grid.
+"""Draw images of chosen classes, with and without AMM and their difference, from the same noise, as
+a grid.
 
-python image_generator.py --model EDT-XL/2 --ckpt EDT-XL.pt --classes "golden retriever" 360 --cfg-scale 4
-"""
+python image_generator.py --model EDT-XL/2 --ckpt EDT-XL.pt --classes "golden retriever" 360
+--cfg-scale 4"""
 
 import argparse
 import sys
@@ -9,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from edt.classes import class_names, find_class
-from edt.cli import (
+from edt.cli.build import (
     COUNT,
     add_sampling_arguments,
     apply_amm,
@@ -20,9 +20,10 @@ from edt.cli import (
     make_recipe,
     true_or_false,
 )
-from edt.files import make_folder, whole_file
-from edt.grids import captioned_grid, difference
-from edt.sampling import generate
+from edt.data.class_names import class_names, find_class
+from edt.sampling.generate import generate
+from edt.sampling.image_grid import captioned_grid, difference
+from edt.utils.files import make_folder, whole_file
 
 # The release's: two sharks, sea anemone, two dogs, cat, goldfinch, magpie, titmouse.
 IMAGENET_CLASSES = (2, 3, 108, 230, 232, 281, 11, 18, 19)
@@ -34,13 +35,18 @@ def both_or_one(text: str) -> str | bool:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_sampling_arguments(p, cfg_scale=4.0, amm=both_or_one, amm_values="both|True|False")
     p.set_defaults(amm="both")
     p.add_argument(
-        "--classes", "--class-labels", nargs="+", metavar="CLASS",
+        "--classes",
+        "--class-labels",
+        nargs="+",
+        metavar="CLASS",
         help="numbers, or names of ImageNet or of your folders; default: nine of ImageNet, or the first nine",
-    )  # fmt: skip
+    )
     p.add_argument("--num-variations", type=COUNT, default=5, help="images of a class")
     p.add_argument("--per-proc-batch-size", type=COUNT, default=50)
     p.add_argument("--seed", "--global-seed", type=int, default=1)
@@ -65,9 +71,17 @@ def main(argv: list[str] | None = None) -> int:
     def draw() -> torch.Tensor:
         """Images (classes, variations, H, W, 3)."""
         batches = generate(
-            model, vae, recipe, torch.arange(len(labels)), args.per_proc_batch_size, labels=labels, progress=True
+            model,
+            vae,
+            recipe,
+            torch.arange(len(labels)),
+            args.per_proc_batch_size,
+            labels=labels,
+            progress=True,
         )
-        return torch.cat([batch.images for batch in batches]).unflatten(0, (len(classes), args.num_variations))
+        return torch.cat([batch.images for batch in batches]).unflatten(
+            0, (len(classes), args.num_variations)
+        )
 
     images = draw()
     name, captions = "amm-" + "-".join(map(str, blocks)) if blocks else "noamm", ()
@@ -75,7 +89,11 @@ def main(argv: list[str] | None = None) -> int:
         apply_amm(model, args, on=False)
         without = draw()
         images = torch.stack([images, without, difference(images, without)], dim=2).flatten(1, 2)
-        captions = [f"AMM {', '.join(map(str, blocks))}", "without", "difference"] * args.num_variations
+        captions = [
+            f"AMM {', '.join(map(str, blocks))}",
+            "without",
+            "difference",
+        ] * args.num_variations
         name += "-and-without"
     path = folder / f"grid-{name}.png"
     shown = [" ".join(dict.fromkeys([str(label), names[label][0]])) for label in classes]

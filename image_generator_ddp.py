@@ -1,10 +1,10 @@
 """Sample many images, on any number of processes, into an .npz that ADM's evaluator reads.
 
-    torchrun --nproc_per_node 8 image_generator_ddp.py --model EDT-S/2 --ckpt EDT-S.pt --amm --num-images 50000
+    torchrun --nproc_per_node 8 image_generator_ddp.py --model EDT-S/2 --ckpt EDT-S.pt --amm
+    --num-images 50000
 
-Image i is the same on any number of processes and at any batch size. Run the same command again after a crash: only
-what is missing is drawn.
-"""
+Image i is the same on any number of processes and at any batch size. Run the same command again
+after a crash: only what is missing is drawn."""
 
 import argparse
 import dataclasses
@@ -16,49 +16,92 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from edt.checkpoint import fingerprint_weights
-from edt.cli import COUNT, add_sampling_arguments, apply_amm, exit_on_user_error, find_place, load_for_sampling, make_recipe
-from edt.files import whole_file
+from edt.checkpoints.folder import fingerprint_weights
+from edt.cli.build import (
+    COUNT,
+    add_sampling_arguments,
+    apply_amm,
+    exit_on_user_error,
+    find_place,
+    load_for_sampling,
+    make_recipe,
+)
 from edt.models import EDT
-from edt.npz import SampleArchive
-from edt.recipe import open_sample_folder
-from edt.sampling import Recipe, generate
+from edt.sampling.generate import Recipe, generate
+from edt.sampling.npz_writer import SampleArchive
+from edt.sampling.sidecar import open_sample_folder
+from edt.utils.files import whole_file
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_sampling_arguments(p, cfg_scale=1.0)
     p.add_argument("--num-images", type=COUNT, default=50_000)
     p.add_argument("--per-proc-batch-size", type=COUNT, default=50)
     p.add_argument("--global-seed", type=int, default=42)
-    p.add_argument("--labels", default="uniform", help="uniform (at random), balanced, or classes like 207,360")
-    p.add_argument("--output-dir", "--results-dir", default="samples", help="a folder named by the recipe is made in it")
+    p.add_argument(
+        "--labels", default="uniform", help="uniform (at random), balanced, or classes like 207,360"
+    )
+    p.add_argument(
+        "--output-dir",
+        "--results-dir",
+        default="samples",
+        help="a folder named by the recipe is made in it",
+    )
     p.add_argument("--png", action="store_true", help="write a folder of PNGs besides")
     return p
 
 
-def open_folder(args: argparse.Namespace, recipe: Recipe, model: EDT, vae_sha256: str | None, notes: dict) -> Path:
+def open_folder(
+    args: argparse.Namespace, recipe: Recipe, model: EDT, vae_sha256: str | None, notes: dict
+) -> Path:
     """The folder of these samples, named by the recipe; the whole recipe is in its recipe.json."""
     features, blocks = notes["features"], [modulation.block for modulation in model.modulations]
-    guidance = [f"cfg-{recipe.cfg_scale}", *(["all"] if recipe.cfg_channels == "all" else []),
-                *(["t-{}-{}".format(*recipe.cfg_interval)] if recipe.cfg_interval else [])]  # fmt: skip
-    name = "-".join([
-        (args.model or notes.get("name", "EDT")).replace("/", "-"), Path(args.ckpt).stem, f"size-{features['image_size']}",
-        f"vae-{Path(features['vae']).name}", *guidance, f"seed-{recipe.seed}", recipe.solver, recipe.num_sampling_steps,
-        "amm-" + "-".join(map(str, blocks)) if blocks else "noamm",
-    ])  # fmt: skip
+    guidance = [
+        f"cfg-{recipe.cfg_scale}",
+        *(["all"] if recipe.cfg_channels == "all" else []),
+        *(["t-{}-{}".format(*recipe.cfg_interval)] if recipe.cfg_interval else []),
+    ]
+    name = "-".join(
+        [
+            (args.model or notes.get("name", "EDT")).replace("/", "-"),
+            Path(args.ckpt).stem,
+            f"size-{features['image_size']}",
+            f"vae-{Path(features['vae']).name}",
+            *guidance,
+            f"seed-{recipe.seed}",
+            recipe.solver,
+            recipe.num_sampling_steps,
+            "amm-" + "-".join(map(str, blocks)) if blocks else "noamm",
+        ]
+    )
     folder = Path(args.output_dir) / name
-    open_sample_folder(folder, {
-        **dataclasses.asdict(recipe), "weights": args.weights, "weights_sha256": fingerprint_weights(args.ckpt, args.weights),
-        "model": dataclasses.asdict(model.config), "vae": features["vae"], "vae_sha256": vae_sha256, "image_size": features["image_size"],
-        "amm": {"blocks": blocks, "form": model.modulations[0].form if blocks else None,
-                "radii": [modulation.radius for modulation in model.modulations]},
-    })  # fmt: skip
+    open_sample_folder(
+        folder,
+        {
+            **dataclasses.asdict(recipe),
+            "weights": args.weights,
+            "weights_sha256": fingerprint_weights(args.ckpt, args.weights),
+            "model": dataclasses.asdict(model.config),
+            "vae": features["vae"],
+            "vae_sha256": vae_sha256,
+            "image_size": features["image_size"],
+            "amm": {
+                "blocks": blocks,
+                "form": model.modulations[0].form if blocks else None,
+                "radii": [modulation.radius for modulation in model.modulations],
+            },
+        },
+    )
     return folder
 
 
 def write_pngs(folder: Path, archive: SampleArchive, indices: range) -> None:
-    """PNGs of the images that have none yet, from the archive: asked for late or cut short, they need no drawing."""
+    """PNGs of the images that have none yet, from the archive: asked for late or cut short, they
+    need no drawing.
+    """
     absent = [index for index in indices if not (folder / f"{index:06d}.png").exists()]
     for index, image in zip(absent, archive.read(absent), strict=True):
         with whole_file(folder / f"{index:06d}.png", durable=False) as temporary:
@@ -85,12 +128,16 @@ def main(argv: list[str] | None = None) -> int:
     with tqdm(initial=done, total=args.num_images, unit="images", disable=rank > 0) as bar:
         for batch in generate(model, vae, recipe, mine, args.per_proc_batch_size):
             archive.write(batch.indices.numpy(), batch.images.numpy())
-            bar.update(args.num_images - len(archive.missing()) - bar.n)  # those of the other processes too
+            bar.update(
+                args.num_images - len(archive.missing()) - bar.n
+            )  # those of the other processes too
     if args.png:
         write_pngs(folder, archive, range(rank, args.num_images, world_size))
     if archive.finish():
         with whole_file(folder / "labels.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, recipe.labels_of(torch.arange(args.num_images), model.num_classes).numpy())
+            np.save(
+                file, recipe.labels_of(torch.arange(args.num_images), model.num_classes).numpy()
+            )
         print(archive.path, flush=True)
     return 0
 

@@ -3,10 +3,10 @@
     python benchmarks/bench_evaluator.py images --count 2000 --backends torch tensorflow
     python benchmarks/bench_evaluator.py statistics --reference 10000 --samples 50000
 
-Every measurement is its own process, so that its peak memory is its own and no library's threads disturb another's. Beside
-the time that passed stands that of the CPU, which other work on the machine disturbs less.
-Without --inception the network has random weights: its scores mean nothing, its arithmetic is the same.
-"""
+Every measurement is its own process, so that its peak memory is its own and no library's threads
+disturb another's. Beside the time that passed stands that of the CPU, which other work on the
+machine disturbs less. Without --inception the network has random weights: its scores mean nothing,
+its arithmetic is the same."""
 
 import argparse
 import os
@@ -30,29 +30,48 @@ def bench_images(args: argparse.Namespace) -> None:
     from test_evaluator_inception import structured_images
 
     with tempfile.TemporaryDirectory() as folder:
-        reference, samples, graph = (Path(folder) / name for name in ("ref.npz", "gen.npz", "graph.pb"))
+        reference, samples, graph = (
+            Path(folder) / name for name in ("ref.npz", "gen.npz", "graph.pb")
+        )
         for seed, path in enumerate((reference, samples)):
             np.savez(path, structured_images(seed, args.count, args.side))
         if not args.inception:
             graph.write_bytes(inception_graph.random_graph(0))
         for backend in args.backends * args.repeats:
-            command = [sys.executable, ROOT / "evaluator.py", reference, samples, "--backend", backend]
+            command = [
+                sys.executable,
+                ROOT / "evaluator.py",
+                reference,
+                samples,
+                "--backend",
+                backend,
+            ]
             command += ["--inception", args.inception or graph, "--device", args.device]
             start = time.perf_counter()
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
             lines = process.stdout.read().splitlines()
             _, status, usage = os.wait4(process.pid, 0)
             seconds = time.perf_counter() - start
             if status:
                 sys.exit(f"{backend} failed")
             cpu_seconds = usage.ru_utime + usage.ru_stime
-            print(f"{backend}: {seconds:.0f} s, {cpu_seconds:.0f} s of CPU, {gib(usage):.2f} GiB peak")
+            print(
+                f"{backend}: {seconds:.0f} s, {cpu_seconds:.0f} s of CPU, {gib(usage):.2f} GiB peak"
+            )
             print("    " + ", ".join(lines), flush=True)
 
 
 def bench_statistics(args: argparse.Namespace) -> None:
     """Each statistic of synthetic pool features, in a process of its own."""
-    for statistic in ("moments", "frechet", "precision_recall_adm", "precision_recall_exact", "kid"):
+    for statistic in (
+        "moments",
+        "frechet",
+        "precision_recall_adm",
+        "precision_recall_exact",
+        "kid",
+    ):
         if statistic not in args.only:
             continue
         child = os.fork()
@@ -60,7 +79,10 @@ def bench_statistics(args: argparse.Namespace) -> None:
             run_statistic(statistic, args.reference, args.samples, args.device)
             os._exit(0)
         _, status, usage = os.wait4(child, 0)
-        print(f"    {gib(usage):.2f} GiB peak" if status == 0 else f"    failed ({status})", flush=True)
+        print(
+            f"    {gib(usage):.2f} GiB peak" if status == 0 else f"    failed ({status})",
+            flush=True,
+        )
 
 
 def run_statistic(statistic: str, reference_count: int, sample_count: int, device: str) -> None:
@@ -74,18 +96,24 @@ def run_statistic(statistic: str, reference_count: int, sample_count: int, devic
             streaming.update(samples[row : row + 64])
         value = streaming.moments().covariance.trace()
     elif statistic == "frechet":
-        covariances = [features[:5000].T @ features[:5000] / 5000 for features in (reference, samples)]
+        covariances = [
+            features[:5000].T @ features[:5000] / 5000 for features in (reference, samples)
+        ]
         value = frechet_distance(np.zeros(2048), covariances[0], np.zeros(2048), covariances[1])
     elif statistic == "kid":
         value = kernel_distance(reference, samples, device=device)
     else:
-        value = precision_recall(reference, samples, mode=statistic.rpartition("_")[2], device=device)
+        value = precision_recall(
+            reference, samples, mode=statistic.rpartition("_")[2], device=device
+        )
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     print(f"{statistic}: {seconds:.1f} s, {cpu_seconds:.1f} s of CPU ({value})", flush=True)
 
 
 def synthetic_features(seed: int, count: int) -> np.ndarray:
-    """Non-negative float32 (count, 2048) with a few strong directions, made in pieces to keep the peak low."""
+    """Non-negative float32 (count, 2048) with a few strong directions, made in pieces to keep the
+    peak low.
+    """
     basis = np.random.default_rng(0).standard_normal((16, 2048), dtype=np.float32)
     r = np.random.default_rng(seed)
     features = np.empty((count, 2048), np.float32)
@@ -101,7 +129,9 @@ def gib(usage: resource.struct_rusage) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
     images = commands.add_parser("images")
     images.add_argument("--count", type=int, default=2000)

@@ -1,9 +1,10 @@
-"""How fast features are read: the packed and the per-file layout in one run, and the memory it takes.
+"""How fast features are read: the packed and the per-file layout in one run, and the memory it
+takes.
 
     python benchmarks/bench_loader.py --count 200000        # 14 GiB of disk for a while
 
-One thread, page cache warm where it fits: latents of (4, 32, 32) in batches of 256, in the order of training. The rows are
-measured in turn, each time in a process of its own; prints their medians.
+One thread, page cache warm where it fits: latents of (4, 32, 32) in batches of 256, in the order of
+training. The rows are measured in turn, each time in a process of its own; prints their medians.
 """
 
 import argparse
@@ -22,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edt.extraction import ExtractionConfig
-from edt.features import FEATURES, LABELS, open_features, sample_posterior
-from edt.randomness import generator
-from edt.train import BatchIndices
+from edt.data.extraction import ExtractionConfig
+from edt.data.features import FEATURES, LABELS, open_features, sample_posterior
+from edt.training.trainer import BatchIndices
+from edt.utils.randomness import generator
 
 SHAPE, BATCH = (4, 32, 32), 256
 
@@ -55,7 +56,9 @@ def write_npy(folder: Path, count: int) -> None:
 
 
 class ReleaseDataset(torch.utils.data.Dataset):
-    """The npy layout as the release reads it: both files of one sample at a time, put together by the default collate."""
+    """The npy layout as the release reads it: both files of one sample at a time, put together by
+    the default collate.
+    """
 
     def __init__(self, folder: Path):
         self.folders = [folder / kind for kind in (FEATURES, LABELS)]
@@ -69,7 +72,9 @@ class ReleaseDataset(torch.utils.data.Dataset):
 
 
 def read(folder: Path) -> Iterator:
-    """Batches as training gets them, posterior sampling included where there is one; without end."""
+    """Batches as training gets them, posterior sampling included where there is one; without
+    end.
+    """
     features = open_features(folder)
     for step, batch in enumerate(BatchIndices(len(features), 0, BATCH, slice(0, BATCH))):
         stored, labels = features[batch]
@@ -80,7 +85,9 @@ def read(folder: Path) -> Iterator:
 
 
 def read_as_the_release(folder: Path) -> Iterator:
-    loader = torch.utils.data.DataLoader(ReleaseDataset(folder), BATCH, shuffle=True, drop_last=True)
+    loader = torch.utils.data.DataLoader(
+        ReleaseDataset(folder), BATCH, shuffle=True, drop_last=True
+    )
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
@@ -92,8 +99,12 @@ ROWS = {  # what is read: its folder, and how
 }
 
 
-def measure(folder: Path, read: Callable[[Path], Iterator], seconds: float) -> tuple[float, float, float]:
-    """Samples a second after a warm-up of the same length; GiB of the process's own memory and of mapped files."""
+def measure(
+    folder: Path, read: Callable[[Path], Iterator], seconds: float
+) -> tuple[float, float, float]:
+    """Samples a second after a warm-up of the same length; GiB of the process's own memory and of
+    mapped files.
+    """
     torch.set_num_threads(1)
     batches = read(folder)
     for _ in range(2):
@@ -107,11 +118,19 @@ def measure(folder: Path, read: Callable[[Path], Iterator], seconds: float) -> t
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--count", type=int, default=200_000)
-    p.add_argument("--seconds", type=float, default=5.0, help="of warm-up, and again of measuring, each time")
+    p.add_argument(
+        "--seconds", type=float, default=5.0, help="of warm-up, and again of measuring, each time"
+    )
     p.add_argument("--repeats", type=int, default=5, help="each of all rows in turn")
-    p.add_argument("--folder", type=Path, help="where the features are made and removed; default: the temporary folder")
+    p.add_argument(
+        "--folder",
+        type=Path,
+        help="where the features are made and removed; default: the temporary folder",
+    )
     args = p.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as root:
         for draw in ("once", "fresh"):
@@ -121,16 +140,29 @@ def main() -> None:
         for _ in range(args.repeats):
             for row, (folder, how) in ROWS.items():
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh_process:
-                    measured[row].append(fresh_process.submit(measure, Path(root) / folder, how, args.seconds).result())
-    medians = {row: [statistics.median(column) for column in zip(*values, strict=True)] for row, values in measured.items()}
-    print("| | samples/s (least, most) | packed, once over it | own memory, GiB | mapped files, GiB |\n|---|---|---|---|---|")
+                    measured[row].append(
+                        fresh_process.submit(
+                            measure, Path(root) / folder, how, args.seconds
+                        ).result()
+                    )
+    medians = {
+        row: [statistics.median(column) for column in zip(*values, strict=True)]
+        for row, values in measured.items()
+    }
+    print(
+        "| | samples/s (least, most) | packed, once over it | own memory, GiB | mapped files, GiB |\n|---|---|---|---|---|"
+    )
     for row, (rate, own, mapped) in medians.items():
         least, most = min(measured[row])[0], max(measured[row])[0]
         ratio = medians["packed, once"][0] / rate
-        print(f"| {row} | {rate:,.0f} ({least:,.0f}, {most:,.0f}) | {ratio:.1f} x | {own:.2f} | {mapped:.2f} |")
+        print(
+            f"| {row} | {rate:,.0f} ({least:,.0f}, {most:,.0f}) | {ratio:.1f} x | {own:.2f} | {mapped:.2f} |"
+        )
     machine = platform.processor() or platform.machine()
-    print(f"\n{args.count:,} latents of {SHAPE}, batches of {BATCH}; median of {args.repeats}; one thread of {os.cpu_count()} cores, "
-          f"{machine}; torch {torch.__version__}, numpy {np.__version__}")  # fmt: skip
+    print(
+        f"\n{args.count:,} latents of {SHAPE}, batches of {BATCH}; median of {args.repeats}; one thread of {os.cpu_count()} cores, "
+        f"{machine}; torch {torch.__version__}, numpy {np.__version__}"
+    )
 
 
 if __name__ == "__main__":

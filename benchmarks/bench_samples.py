@@ -1,6 +1,8 @@
-"""Memory and speed of writing samples: fake latents are decoded, converted and stored as the 50,000-image script does.
+"""Memory and speed of writing samples: fake latents are decoded, converted and stored as the
+50,000-image script does.
 
-    python benchmarks/bench_samples.py                       # 50,000 x 256 x 256 x 3, 9.2 GiB of disk for a while
+    python benchmarks/bench_samples.py                       # 50,000 x 256 x 256 x 3, 9.2 GiB of
+    disk for a while
 
 Prints JSON; "peak_beyond_baseline_gib" is what the process grew by after its imports.
 """
@@ -16,17 +18,21 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from edt.npz import SampleArchive
-from edt.randomness import normal
-from edt.vae import to_uint8
+from edt.data.vae import to_uint8
+from edt.sampling.npz_writer import SampleArchive
+from edt.utils.randomness import normal
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--num-images", type=int, default=50_000)
     p.add_argument("--image-size", type=int, default=256)
     p.add_argument("--batch-size", type=int, default=50)
-    p.add_argument("--output-dir", type=Path, help="where a temporary folder is made; default: the system's")
+    p.add_argument(
+        "--output-dir", type=Path, help="where a temporary folder is made; default: the system's"
+    )
     return p
 
 
@@ -47,17 +53,29 @@ def main(argv: list[str] | None = None) -> int:
         baseline, start = peak_gib(), time.perf_counter()
         archive = SampleArchive(Path(folder), shape)
         archive.open()
-        for indices in tqdm(torch.from_numpy(archive.missing()).split(args.batch_size), unit="batches"):
-            latents = normal(0, "noise", 0, indices, (4, args.image_size // 8, args.image_size // 8), "cpu")
+        for indices in tqdm(
+            torch.from_numpy(archive.missing()).split(args.batch_size), unit="batches"
+        ):
+            latents = normal(
+                0, "noise", 0, indices, (4, args.image_size // 8, args.image_size // 8), "cpu"
+            )
             archive.write(indices.numpy(), to_uint8(fake_decode(latents, args.image_size)).numpy())
         written = time.perf_counter()
         archive.finish()
         ended, peak = time.perf_counter(), peak_gib()
-        print(json.dumps({
-            "shape": shape, "file_gib": round(archive.path.stat().st_size / 2**30, 3),
-            "baseline_gib": round(baseline, 3), "peak_beyond_baseline_gib": round(peak - baseline, 3),
-            "images_per_second": round(args.num_images / (written - start), 1), "finish_seconds": round(ended - written, 1),
-        }, indent=2))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "shape": shape,
+                    "file_gib": round(archive.path.stat().st_size / 2**30, 3),
+                    "baseline_gib": round(baseline, 3),
+                    "peak_beyond_baseline_gib": round(peak - baseline, 3),
+                    "images_per_second": round(args.num_images / (written - start), 1),
+                    "finish_seconds": round(ended - written, 1),
+                },
+                indent=2,
+            )
+        )
     return 0
 
 

@@ -1,4 +1,5 @@
-"""The VAE's decoder: fp32 (no TF32) on the whole batch, as released, against what sampling with --precision bf16 does, in one run.
+"""The VAE's decoder: fp32 (no TF32) on the whole batch, as released, against what sampling with
+--precision bf16 does, in one run.
 
     python benchmarks/bench_vae.py --json
 
@@ -13,11 +14,13 @@ import measure
 import torch
 from bench_sampling import stable_diffusion_vae
 
-from edt.precision import allow_tf32
+from edt.nn.precision import allow_tf32
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--num-images", type=int, help="default: 2 on a CPU, 64 on a GPU")
     p.add_argument("--image-size", type=int, default=256)
     p.add_argument("--repeats", type=int, default=3)
@@ -42,7 +45,11 @@ def main() -> int:
     for row in rows.values():
         row["images_per_sec"] = count / row["median_sec"]
     measure.finish(f"vae-{'gpu' if device.type == 'cuda' else 'cpu'}", args, device, rows, errors)
-    return 0 if errors["fp32"] <= 1e-4 and errors["bf16"] <= 0.05 else "error: the images differ from the reference's"
+    return (
+        0
+        if errors["fp32"] <= 1e-4 and errors["bf16"] <= 0.05
+        else "error: the images differ from the reference's"
+    )
 
 
 if __name__ == "__main__":

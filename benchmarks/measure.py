@@ -1,4 +1,6 @@
-"""What the speed benchmarks share: rows timed in turn in one run, what they ran on, dated result files."""
+"""What the speed benchmarks share: rows timed in turn in one run, what they ran on, dated result
+files.
+"""
 
 import argparse
 import datetime
@@ -19,7 +21,13 @@ RESULTS = Path(__file__).parent / "results"
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--json", nargs="?", const="", metavar="FILE", help="keep the result; default: a dated file in results/")
+    p.add_argument(
+        "--json",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="keep the result; default: a dated file in results/",
+    )
 
 
 def wait(device: torch.device) -> None:
@@ -27,9 +35,11 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_turn(rows: dict[str, Callable], repeats: int, device: torch.device, warm_up: int = 1) -> dict[str, dict]:
-    """Seconds of each row's calls, the rows taking turns so that a busy machine is busy for all; and what a call
-    takes at its peak above what is resident, which is the state of all rows."""
+def in_turn(
+    rows: dict[str, Callable], repeats: int, device: torch.device, warm_up: int = 1
+) -> dict[str, dict]:
+    """Seconds of each row's calls, the rows taking turns so that a busy machine is busy for all;
+    and what a call takes at its peak above what is resident, which is the state of all rows."""
     seconds, memory = {name: [] for name in rows}, {name: 0.0 for name in rows}
     for turn in range(-warm_up, repeats):
         for name, call in rows.items():
@@ -45,10 +55,14 @@ def in_turn(rows: dict[str, Callable], repeats: int, device: torch.device, warm_
             if device.type == "cuda":
                 memory[name] = (torch.cuda.max_memory_allocated(device) - resident) / 2**30
     return {
-        name: {"median_sec": statistics.median(each), "fastest_sec": min(each), "repeats": repeats,
-               "peak_memory_gib": memory[name] if device.type == "cuda" else None}
+        name: {
+            "median_sec": statistics.median(each),
+            "fastest_sec": min(each),
+            "repeats": repeats,
+            "peak_memory_gib": memory[name] if device.type == "cuda" else None,
+        }
         for name, each in seconds.items()
-    }  # fmt: skip
+    }
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
@@ -59,7 +73,10 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
 def machine(device: torch.device) -> dict:
     """Hardware and versions."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = next((line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")), platform.machine())
+    model = next(
+        (line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")),
+        platform.machine(),
+    )
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else model,
         "cpu_threads": torch.get_num_threads(),
@@ -81,15 +98,34 @@ def _triton_version() -> str | None:
     return triton.__version__
 
 
-def finish(name: str, args: argparse.Namespace, device: torch.device, rows: dict[str, dict], gates: dict[str, float]) -> None:
-    """Print the rows and, if asked, keep them; ``rows[...]["ratio"]`` is against the row "reference"."""
+def finish(
+    name: str,
+    args: argparse.Namespace,
+    device: torch.device,
+    rows: dict[str, dict],
+    gates: dict[str, float],
+) -> None:
+    """Print the rows and, if asked, keep them; ``rows[...]["ratio"]`` is against the row
+    "reference".
+    """
     for row in rows.values():
         row["ratio"] = rows["reference"]["median_sec"] / row["median_sec"]
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    result = {"benchmark": name, "command": command, "date": datetime.date.today().isoformat(),
-              "machine": machine(device), "rows": rows, "gates": gates}  # fmt: skip
+    result = {
+        "benchmark": name,
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(device),
+        "rows": rows,
+        "gates": gates,
+    }
     for label, row in rows.items():
-        print(f"{label:34}" + "  ".join(f"{key} {round(value, 4)}" for key, value in row.items() if value is not None))
+        print(
+            f"{label:34}"
+            + "  ".join(
+                f"{key} {round(value, 4)}" for key, value in row.items() if value is not None
+            )
+        )
     print("correctness", json.dumps({gate: float(f"{value:.2g}") for gate, value in gates.items()}))
     print(json.dumps(result["machine"]))
     if args.json is not None:

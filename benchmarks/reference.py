@@ -1,5 +1,6 @@
-"""The public release's arithmetic, which the benchmarks compare with: eager fp32 (TF32 on a GPU), two independent passes,
-tables, timesteps, masks and loss history on the host, an EMA tensor by tensor, a guided sampler that keeps both halves."""
+"""The public release's arithmetic, which the benchmarks compare with: eager fp32 (TF32 on a GPU),
+two independent passes, tables, timesteps, masks and loss history on the host, an EMA tensor by
+tensor, a guided sampler that keeps both halves."""
 
 import types
 
@@ -10,11 +11,11 @@ from torch import nn
 
 from edt.diffusion import GaussianDiffusion, linear_betas, respaced_timesteps
 from edt.diffusion.gaussian import NoiseAt
-from edt.draws import PassDraws, StepDraws
-from edt.layers import HEAD_DIM, Attention, Block, layer_norm
 from edt.masking import MID_RATIO, TokenMasks, draw_masks
 from edt.models import EDT
-from edt.optim import BETAS
+from edt.nn.layers import HEAD_DIM, Attention, Block, layer_norm
+from edt.training.optim import BETAS
+from edt.training.step_inputs import PassDraws, StepDraws
 
 
 def released(model: EDT) -> EDT:
@@ -22,7 +23,9 @@ def released(model: EDT) -> EDT:
     for block in model.blocks:
         block.forward = types.MethodType(_block, block)
         block.attn.forward = types.MethodType(_attention, block.attn)
-        block.attn.host_index = block.attn.rel_pos_bias.index.cpu()  # stays there, and travels at every use
+        block.attn.host_index = (
+            block.attn.rel_pos_bias.index.cpu()
+        )  # stays there, and travels at every use
     return model
 
 
@@ -37,7 +40,9 @@ def _attention(self: Attention, x: torch.Tensor) -> torch.Tensor:
     q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, HEAD_DIM).permute(2, 0, 3, 1, 4)
     bias = self.rel_pos_bias
     table = bias.relative_position_bias_table[self.host_index.to(x.device)]
-    scores = (q * HEAD_DIM**-0.5) @ k.transpose(-2, -1) + table.view(tokens, tokens, -1).permute(2, 0, 1).contiguous()
+    scores = (q * HEAD_DIM**-0.5) @ k.transpose(-2, -1) + table.view(tokens, tokens, -1).permute(
+        2, 0, 1
+    ).contiguous()
     weights = scores.softmax(dim=-1)
     if self.modulation is not None:
         weights = weights * self.modulation
@@ -70,7 +75,10 @@ class ReferenceStep:
         mid = MID_RATIO if self.model.config.mid_mask_block is not None else None
         masks = draw_masks(len(x), self.model.config.grid, self.generator, mid=mid)
         masks = TokenMasks(*(mask if mask is None else mask.to(x.device) for mask in masks))
-        full, masked = (PassDraws(torch.randn_like(x), torch.rand(len(y), device=y.device) < 0.1) for _ in range(2))
+        full, masked = (
+            PassDraws(torch.randn_like(x), torch.rand(len(y), device=y.device) < 0.1)
+            for _ in range(2)
+        )
         self.update(x, y, StepDraws(t, weight, (full, masked._replace(masks=masks))))
 
     def backward(self, x: torch.Tensor, y: torch.Tensor, draws: StepDraws) -> torch.Tensor:
@@ -78,7 +86,9 @@ class ReferenceStep:
         losses = []
         for one in draws.passes:
             kwargs = {"y": torch.where(one.drop, self.model.num_classes, y), "masks": one.masks}
-            losses.append(self.diffusion.training_losses(self.model, x, draws.t, one.noise, kwargs)["loss"])
+            losses.append(
+                self.diffusion.training_losses(self.model, x, draws.t, one.noise, kwargs)["loss"]
+            )
         (sum(losses) * draws.weight).mean().backward()
         return torch.stack(losses, dim=1).detach()
 
@@ -90,7 +100,9 @@ class ReferenceStep:
             self._remember(step.item(), loss.item())
         self.optimizer.step()
         with torch.no_grad():
-            for average, parameter in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+            for average, parameter in zip(
+                self.ema.parameters(), self.model.parameters(), strict=True
+            ):
                 average.mul_(self.decay).add_(parameter, alpha=1 - self.decay)
         return losses
 
@@ -112,9 +124,15 @@ class ReferenceStep:
 
 @torch.no_grad()
 def reference_sampling(
-    model: EDT, steps: str, x: torch.Tensor, y: torch.Tensor, cfg_scale: float, noise_at: NoiseAt | None = None
+    model: EDT,
+    steps: str,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    cfg_scale: float,
+    noise_at: NoiseAt | None = None,
 ) -> torch.Tensor:
-    """Guided ancestral sampling with the state of both halves, as released; ``model`` went through :func:`released`.
+    """Guided ancestral sampling with the state of both halves, as released; ``model`` went through
+    :func:`released`.
 
     ``noise_at`` gives the noise of one half; None draws that of both, as released.
     """
@@ -128,4 +146,6 @@ def reference_sampling(
         return torch.cat([torch.cat([eps, eps]), output[:, 3:]], dim=1)
 
     both = noise_at and (lambda i: torch.cat([noise_at(i)] * 2))
-    return diffusion.p_sample_loop(guided, torch.cat([x, x]), {"y": torch.cat([y, null])}, noise_at=both)[: len(x)]
+    return diffusion.p_sample_loop(
+        guided, torch.cat([x, x]), {"y": torch.cat([y, null])}, noise_at=both
+    )[: len(x)]

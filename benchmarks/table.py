@@ -1,6 +1,6 @@
 """Put the speed table made of benchmarks/results/*.json between its markers in README.md.
 
-    python benchmarks/table.py          # --check: only say whether the README is up to date
+python benchmarks/table.py          # --check: only say whether the README is up to date
 """
 
 import argparse
@@ -20,17 +20,26 @@ def table() -> str:
         result = json.loads(path.read_text())
         if "benchmark" in result:
             newest[result["benchmark"]] = result
-    lines = ["| command | row | seconds | images/s | against the released arithmetic |", "| --- | --- | ---: | ---: | ---: |"]
+    lines = [
+        "| command | row | seconds | images/s | against the released arithmetic |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
     for result in newest.values():
         where = f"{result['machine']['device']}, {result['machine']['cpu_threads']} threads, torch {result['machine']['torch']}"
         for name, row in result["rows"].items():
-            first = f"`{result['command']}` ({result['date']}, {where})" if name == "reference" else ""
-            lines.append(f"| {first} | {name} | {row['median_sec']:.3g} | {row['images_per_sec']:.3g} | {row['ratio']:.2f} |")
+            first = (
+                f"`{result['command']}` ({result['date']}, {where})" if name == "reference" else ""
+            )
+            lines.append(
+                f"| {first} | {name} | {row['median_sec']:.3g} | {row['images_per_sec']:.3g} | {row['ratio']:.2f} |"
+            )
     return "\n".join(lines)
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--check", action="store_true")
     args = p.parse_args()
     text = README.read_text()
@@ -38,7 +47,11 @@ def main() -> int:
     tail = rest.split(END)[1]
     fresh = f"{head}{BEGIN}\n{table()}\n{END}{tail}"
     if args.check:
-        return 0 if fresh == text else "error: README.md's speed table is not what benchmarks/results says; run benchmarks/table.py"
+        return (
+            0
+            if fresh == text
+            else "error: README.md's speed table is not what benchmarks/results says; run benchmarks/table.py"
+        )
     README.write_text(fresh)
     return 0
 

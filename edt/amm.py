@@ -1,23 +1,24 @@
 """Attention Modulation Matrix (AMM): the paper's training-free switch that makes attention local.
 
-A modulated block computes ``(softmax(q k^T / sqrt(d) + bias) * M) v``: ``M`` multiplies the attention *after* the
-softmax, with no renormalisation, and only at inference. ``M`` falls with the Euclidean distance between two tokens
-and is zero beyond a radius. This module knows grids and distances only; :meth:`edt.models.EDT.set_amm` hands the
-matrices to the blocks.
-"""
+A modulated block computes ``(softmax(q k^T / sqrt(d) + bias) * M) v``: ``M`` multiplies the
+attention *after* the softmax, with no renormalisation, and only at inference. ``M`` falls with the
+Euclidean distance between two tokens and is zero beyond a radius. This module knows grids and
+distances only; :meth:`edt.models.EDT.set_amm` hands the matrices to the blocks."""
 
 import math
 from typing import NamedTuple
 
 import torch
 
-from edt.errors import UserError
+from edt.utils.errors import UserError
 
 FORMS = ("256", "512")
 
 
 class Placement(NamedTuple):
-    """Which blocks (0-based) "auto" modulates. Data of a model preset; the paper tunes it per model."""
+    """Which blocks (0-based) "auto" modulates. Data of a model preset; the paper tunes it per
+    model.
+    """
 
     low_cfg: tuple[int, ...]  # guidance scale below 2
     high_cfg: tuple[int, ...]  # guidance scale 2 and above
@@ -40,8 +41,8 @@ def paper_radius(grid: int) -> float:
 def modulation_matrix(grid: int, form: str = "256", radius: float | None = None) -> torch.Tensor:
     """Modulation of every pair of tokens on a ``grid`` x ``grid`` map.
 
-    With d the distance of two tokens, T = 4 (grid - 1) sqrt(2) and R the radius:
-    form "256" is 0.5 exp(cos(2 pi d / T)), form "512" is 1.3 cos(2 pi d / T); both are 0 where d > R.
+    With d the distance of two tokens, T = 4 (grid - 1) sqrt(2) and R the radius: form "256" is 0.5
+    exp(cos(2 pi d / T)), form "512" is 1.3 cos(2 pi d / T); both are 0 where d > R.
 
     Args:
         grid: tokens per side. A single token gives a matrix of ones.

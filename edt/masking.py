@@ -1,13 +1,16 @@
-"""EDT's masking strategy: tokens are hidden only inside the down-sampling modules (paper, section 3.3).
+"""EDT's masking strategy: tokens are hidden only inside the down-sampling modules (paper, section
+3.3).
 
-The network sees masks as inputs; they are drawn here, from a generator the caller owns. True means kept.
-"""
+The network sees masks as inputs; they are drawn here, from a generator the caller owns. True means
+kept."""
 
 from typing import NamedTuple
 
 import torch
 
-Ratio = tuple[float, float]  # the probability of masking a token is uniform in this range, one draw a step
+Ratio = tuple[
+    float, float
+]  # the probability of masking a token is uniform in this range, one draw a step
 
 EDT_RATIOS: tuple[Ratio, Ratio] = ((0.4, 0.5), (0.1, 0.2))  # best of the paper's Tables 11 and 12
 MID_RATIO: Ratio = (0.15, 0.25)  # the release's extra mask inside stage 1 of EDT-XL
@@ -25,8 +28,12 @@ class TokenMasks(NamedTuple):
         return TokenMasks(*(None if mask is None else mask[rows] for mask in self))
 
     def after_full_pass(self) -> "TokenMasks":
-        """Masks (2 B) of a full and a masked pass that go through the network as one batch, the full one first."""
-        return TokenMasks(*(None if mask is None else torch.cat([torch.ones_like(mask), mask]) for mask in self))
+        """Masks (2 B) of a full and a masked pass that go through the network as one batch, the
+        full one first.
+        """
+        return TokenMasks(
+            *(None if mask is None else torch.cat([torch.ones_like(mask), mask]) for mask in self)
+        )
 
     def fork(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Repeat tensors (B, ...) to as many rows as there are masks."""
@@ -41,7 +48,8 @@ def draw_masks(
     ratios: tuple[Ratio, Ratio] = EDT_RATIOS,
     mid: Ratio | None = None,
 ) -> TokenMasks:
-    """Draw keep-masks on the generator's device: one masking probability a module, then one coin a token.
+    """Draw keep-masks on the generator's device: one masking probability a module, then one coin a
+    token.
 
     Args:
         batch: images, B.
@@ -58,4 +66,8 @@ def draw_masks(
         return uniform[1:].view(batch, tokens) >= probability
 
     tokens = grid * grid
-    return TokenMasks(keep(tokens, ratios[0]), keep(tokens // 4, ratios[1]), None if mid is None else keep(tokens, mid))
+    return TokenMasks(
+        keep(tokens, ratios[0]),
+        keep(tokens // 4, ratios[1]),
+        None if mid is None else keep(tokens, mid),
+    )

@@ -1,8 +1,8 @@
-"""The EDT network: an encoder-decoder diffusion transformer on latents (paper, section 3.1 and Figure 3).
+"""The EDT network: an encoder-decoder diffusion transformer on latents (paper, section 3.1 and
+Figure 3).
 
-Masks, labels and noise come in from outside: nothing here draws a random number after initialisation.
-State-dict names and shapes are those of the authors' released checkpoints.
-"""
+Masks, labels and noise come in from outside: nothing here draws a random number after
+initialisation. State-dict names and shapes are those of the authors' released checkpoints."""
 
 import dataclasses
 import functools
@@ -15,9 +15,9 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 from edt.amm import Modulation, Placement, modulation_matrix, paper_radius
-from edt.attention import PATHS
-from edt.errors import UserError
-from edt.layers import (
+from edt.masking import TokenMasks
+from edt.nn.attention import PATHS
+from edt.nn.layers import (
     HEAD_DIM,
     Block,
     DownSample,
@@ -28,7 +28,7 @@ from edt.layers import (
     UpSample,
     sincos_table,
 )
-from edt.masking import TokenMasks
+from edt.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,9 @@ class EDTConfig:
     depths: tuple[int, ...] = (2, 2, 2, 3, 3)
     """Blocks of the five stages."""
     heads: tuple[int, ...] = (6, 8, 10)
-    """Heads of stages 1, 2 and 3, each 52 wide; stages 4 and 5 mirror 2 and 1, as the long skips require."""
+    """Heads of stages 1, 2 and 3, each 52 wide; stages 4 and 5 mirror 2 and 1, as the long skips
+    require.
+    """
     tie: bool = True
     """Token information enhancement: AdaLN in down-sampling and long skips (paper, Table 4)."""
     pes: bool = True
@@ -60,9 +62,20 @@ class EDTConfig:
         object.__setattr__(self, "heads", tuple(self.heads))
         if self.amm is not None:
             low, high, at_512 = self.amm
-            object.__setattr__(self, "amm", Placement(tuple(low), tuple(high), None if at_512 is None else tuple(at_512)))
-        if len(self.depths) != 5 or len(self.heads) != 3 or min(self.depths) < 1 or min(self.heads) < 1:
-            raise UserError(f"EDT has five depths and three head counts of at least 1, got {self.depths}, {self.heads}")
+            object.__setattr__(
+                self,
+                "amm",
+                Placement(tuple(low), tuple(high), None if at_512 is None else tuple(at_512)),
+            )
+        if (
+            len(self.depths) != 5
+            or len(self.heads) != 3
+            or min(self.depths) < 1
+            or min(self.heads) < 1
+        ):
+            raise UserError(
+                f"EDT has five depths and three head counts of at least 1, got {self.depths}, {self.heads}"
+            )
         if self.input_size < 1 or self.input_size % (4 * self.patch_size):
             raise UserError(
                 f"latent side {self.input_size} is not supported with patch size {self.patch_size}: "
@@ -71,7 +84,9 @@ class EDTConfig:
         if self.num_classes < 0:
             raise UserError(f"number of classes must be 0 or more, got {self.num_classes}")
         if self.mid_mask_block is not None and not 0 <= self.mid_mask_block < self.depths[0]:
-            raise UserError(f"mid_mask_block {self.mid_mask_block} is not a block of stage 1 ({self.depths[0]} blocks)")
+            raise UserError(
+                f"mid_mask_block {self.mid_mask_block} is not a block of stage 1 ({self.depths[0]} blocks)"
+            )
 
     @property
     def grid(self) -> int:
@@ -83,21 +98,26 @@ class EDTConfig:
         """Inverse of ``dataclasses.asdict``; an unknown key is an error."""
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
-            raise UserError(f"unknown model configuration {', '.join(sorted(unknown))}; is it from a newer version?")
+            raise UserError(
+                f"unknown model configuration {', '.join(sorted(unknown))}; is it from a newer version?"
+            )
         return cls(**values)
 
     @classmethod
     def from_state_dict(cls, weights: dict[str, torch.Tensor]) -> "EDTConfig":
         """Read the configuration off the tensors of a checkpoint that carries none.
 
-        Neighbouring stages differ in width and grid, so runs of equal (qkv width, bias table) are the stages.
+        Neighbouring stages differ in width and grid, so runs of equal (qkv width, bias table) are
+        the stages.
 
         Raises:
             UserError: these are not the tensors of an EDT.
         """
         try:
             width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
-            blocks = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+            blocks = 1 + max(
+                int(name.split(".")[1]) for name in weights if name.startswith("blocks.")
+            )
             kinds = [
                 (
                     weights[f"blocks.{i}.attn.qkv.weight"].shape[1],
@@ -109,8 +129,13 @@ class EDTConfig:
             tokens = weights["pos_embed"].shape[1]
             num_classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
         except (KeyError, ValueError) as error:
-            raise UserError(f"the checkpoint is not an EDT: {error} is missing or misshapen") from None
-        layout = {"heads": tuple(w // HEAD_DIM for w, _ in stages[:3]), "depths": tuple(depth for _, depth in stages)}
+            raise UserError(
+                f"the checkpoint is not an EDT: {error} is missing or misshapen"
+            ) from None
+        layout = {
+            "heads": tuple(w // HEAD_DIM for w, _ in stages[:3]),
+            "depths": tuple(depth for _, depth in stages),
+        }
         known = [preset for preset in PRESETS.values() if preset["heads"] == layout["heads"]]
         exact = [preset for preset in known if preset["depths"] == layout["depths"]]
         mid = next((preset.get("mid_mask_block") for preset in exact + known), None)
@@ -147,18 +172,34 @@ class EDT(nn.Module):
         self.t_embedder = TimestepEmbedder(w1)
         self.y_embedder = LabelEmbedder(config.num_classes, w1)
         self.register_buffer("pos_embed", sincos_table(w1, grid))
-        stages = zip(config.depths, (w1, w2, w3, w2, w1), (grid, grid // 2, grid // 4, grid // 2, grid), strict=True)
-        self.blocks = nn.ModuleList(Block(width, side, w1) for depth, width, side in stages for _ in range(depth))
+        stages = zip(
+            config.depths,
+            (w1, w2, w3, w2, w1),
+            (grid, grid // 2, grid // 4, grid // 2, grid),
+            strict=True,
+        )
+        self.blocks = nn.ModuleList(
+            Block(width, side, w1) for depth, width, side in stages for _ in range(depth)
+        )
         self.down_blocks = nn.ModuleList(
-            [DownSample(w1, w2, w1, grid // 2, *tie_pes), DownSample(w2, w3, w1, grid // 4, *tie_pes)]
+            [
+                DownSample(w1, w2, w1, grid // 2, *tie_pes),
+                DownSample(w2, w3, w1, grid // 4, *tie_pes),
+            ]
         )
         self.up_blocks = nn.ModuleList([UpSample(w3, w2), UpSample(w2, w1)])
-        self.concat_blocks = nn.ModuleList([LongSkip(w2, w1, grid // 2, *tie_pes), LongSkip(w1, w1, grid, *tie_pes)])
+        self.concat_blocks = nn.ModuleList(
+            [LongSkip(w2, w1, grid // 2, *tie_pes), LongSkip(w1, w1, grid, *tie_pes)]
+        )
         self.final_layer = FinalLayer(w1, config.patch_size, 2 * config.in_channels, w1)
         self._initialize()
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None, masks: TokenMasks | None = None
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor | None = None,
+        masks: TokenMasks | None = None,
     ) -> torch.Tensor:
         """One pass of Figure 3.
 
@@ -166,9 +207,9 @@ class EDT(nn.Module):
             x: noised latents, (B, C, S, S).
             t: timesteps of the 1000-step process, (B,).
             y: class labels, (B,) int; the null class is ``num_classes``, and None means it for all.
-            masks: hide tokens inside the down-sampling modules (training's masked pass). Masks of k B rows put every
-                image through k times, as if the batch had been repeated; what comes before the first mask is the same
-                for all k and is computed once.
+            masks: hide tokens inside the down-sampling modules (training's masked pass). Masks of k
+                B rows put every image through k times, as if the batch had been repeated; what
+                comes before the first mask is the same for all k and is computed once.
 
         Returns:
             (B, 2C, S, S), or (k B, 2C, S, S): noise, then variance range.
@@ -195,12 +236,20 @@ class EDT(nn.Module):
         # fmt: on
 
     def forward_with_cfg(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None, cfg_scale: float, *, channels: int | None = None
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor | None,
+        cfg_scale: float,
+        *,
+        channels: int | None = None,
     ) -> torch.Tensor:
-        """Classifier-free guidance, eps_uncond + s (eps_cond - eps_uncond), on the first 3 of 4 noise channels.
+        """Classifier-free guidance, eps_uncond + s (eps_cond - eps_uncond), on the first 3 of 4
+        noise channels.
 
-        The release guides 3 channels of its 4; latents with another number of channels are guided in all. The
-        remaining channels come from the conditional half. Scale 1 is the conditional forward itself.
+        The release guides 3 channels of its 4; latents with another number of channels are guided
+        in all. The remaining channels come from the conditional half. Scale 1 is the conditional
+        forward itself.
 
         Args:
             x, t, y: as in :meth:`forward`, one row an image.
@@ -230,8 +279,8 @@ class EDT(nn.Module):
         """Modulate the attention of some blocks (see edt.amm), or of none. Off after construction.
 
         Args:
-            blocks: None switches AMM off; "auto" takes the preset's placement for the resolution and ``cfg_scale``;
-                otherwise 0-based block indices.
+            blocks: None switches AMM off; "auto" takes the preset's placement for the resolution
+                and ``cfg_scale``; otherwise 0-based block indices.
             form: "256" or "512"; None follows the resolution.
             radius: in tokens; None is the paper's.
             cfg_scale: guidance scale that "auto" follows.
@@ -250,17 +299,21 @@ class EDT(nn.Module):
         form = form or ("512" if at_512 else "256")
         wrong = [i for i in blocks if not 0 <= i < len(self.blocks)]
         if wrong:
-            raise UserError(f"AMM block {wrong[0]} does not exist; the model has blocks 0 to {len(self.blocks) - 1}")
+            raise UserError(
+                f"AMM block {wrong[0]} does not exist; the model has blocks 0 to {len(self.blocks) - 1}"
+            )
         biases = [block.attn.rel_pos_bias for block in self.blocks]
         radii = {i: paper_radius(biases[i].grid) if radius is None else radius for i in blocks}
         matrices = {i: modulation_matrix(biases[i].grid, form, radii[i]) for i in blocks}
         for i, block in enumerate(self.blocks):
-            block.attn.modulation = matrices[i].to(biases[i].relative_position_bias_table) if i in matrices else None
+            block.attn.modulation = (
+                matrices[i].to(biases[i].relative_position_bias_table) if i in matrices else None
+            )
         self.modulations = tuple(Modulation(i, form, radii[i]) for i in blocks)
         return tuple(blocks)
 
     def set_attention(self, path: str) -> None:
-        """How attention is computed: a key of edt.attention.PATHS."""
+        """How attention is computed: a key of edt.nn.attention.PATHS."""
         if path not in PATHS:
             raise UserError(f"unknown attention path {path!r}; choose one of {', '.join(PATHS)}")
         for block in self.blocks:
@@ -269,7 +322,9 @@ class EDT(nn.Module):
     def _auto_blocks(self, cfg_scale: float, at_512: bool) -> tuple[int, ...]:
         placement = self.config.amm
         if placement is None:
-            raise UserError("no AMM placement is known for this layout; name the blocks with --amm-blocks, e.g. 7,10")
+            raise UserError(
+                "no AMM placement is known for this layout; name the blocks with --amm-blocks, e.g. 7,10"
+            )
         if at_512 and placement.at_512 is not None:
             return placement.at_512
         return placement.low_cfg if cfg_scale < 2 else placement.high_cfg
@@ -277,9 +332,15 @@ class EDT(nn.Module):
     @property
     def _first_mask(self) -> int:
         """How many blocks of stage 1 come before any mask."""
-        return self.config.depths[0] if self.config.mid_mask_block is None else self.config.mid_mask_block
+        return (
+            self.config.depths[0]
+            if self.config.mid_mask_block is None
+            else self.config.mid_mask_block
+        )
 
-    def _stage(self, stage: int, x: torch.Tensor, c: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def _stage(
+        self, stage: int, x: torch.Tensor, c: torch.Tensor, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
         """Blocks ``start`` to ``stop`` of a stage."""
         first = sum(self.config.depths[:stage])
         blocks = list(self.blocks)[first : first + self.config.depths[stage]]
@@ -295,7 +356,9 @@ class EDT(nn.Module):
         return x * keep + self.pos_embed * (1 - keep)
 
     def _initialize(self) -> None:
-        """DiT's initialisation; the AdaLN of down-sampling and long skips are, as in the release, not zeroed."""
+        """DiT's initialisation; the AdaLN of down-sampling and long skips are, as in the release,
+        not zeroed.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -309,34 +372,56 @@ class EDT(nn.Module):
             nn.init.normal_(self.t_embedder.mlp[index].weight, std=0.02)
         for block in self.blocks:
             nn.init.trunc_normal_(block.attn.rel_pos_bias.relative_position_bias_table, std=0.02)
-        for module in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1],
-                       self.final_layer.linear):  # fmt: skip
+        for module in (
+            *(block.adaLN_modulation[1] for block in self.blocks),
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
 
-# Model sizes. Parameters and multiply-accumulates (the paper's "GFLOPs") at 256 px are pinned by tests/test_models.py.
-# Published: S 38.32 M, 2.66 G; B 152.2 M, 10.20 G; XL 708.44 M, 51.83 G, which the released XL layout does not have
-# and the "-paper" layout does.
+# Model sizes. Parameters and multiply-accumulates (the paper's "GFLOPs") at 256 px are pinned by
+# tests/test_models.py. Published: S 38.32 M, 2.66 G; B 152.2 M, 10.20 G; XL 708.44 M, 51.83 G,
+# which the released XL layout does not have and the "-paper" layout does.
 _SMALL_AMM = Placement(low_cfg=(7, 10), high_cfg=(8,), at_512=(10,))
 _XL_AMM = Placement(low_cfg=(23, 25), high_cfg=(24,))
 _XL = {"heads": (18, 24, 30), "patch_size": 2, "mid_mask_block": 4, "amm": _XL_AMM}
 PRESETS: dict[str, dict] = {
     "EDT-S/2": {"heads": (6, 8, 10), "depths": (2, 2, 2, 3, 3), "patch_size": 2, "amm": _SMALL_AMM},
-    "EDT-B/2": {"heads": (12, 16, 20), "depths": (2, 2, 2, 3, 3), "patch_size": 2, "amm": _SMALL_AMM},
+    "EDT-B/2": {
+        "heads": (12, 16, 20),
+        "depths": (2, 2, 2, 3, 3),
+        "patch_size": 2,
+        "amm": _SMALL_AMM,
+    },
     "EDT-XL/2": {**_XL, "depths": (6, 4, 4, 7, 7)},
     "EDT-XL/2-paper": {**_XL, "depths": (5, 5, 4, 7, 7)},
-    # For the demo and the tests: a few minutes on a CPU. Placement by analogy: the last block of stages 4 and 5.
-    "EDT-Tiny/2": {"heads": (2, 3, 4), "depths": (1, 1, 1, 2, 2), "patch_size": 2, "amm": Placement((4, 6), (4,))},
+    # For the demo and the tests: a few minutes on a CPU. Placement by analogy: the last block of
+    # stages 4 and 5.
+    "EDT-Tiny/2": {
+        "heads": (2, 3, 4),
+        "depths": (1, 1, 1, 2, 2),
+        "patch_size": 2,
+        "amm": Placement((4, 6), (4,)),
+    },
 }
 
 
-def _build(preset: dict, input_size: int = 32, in_channels: int = 4, num_classes: int = 1000, **config) -> EDT:
-    if "depths" in config or "heads" in config:  # block indices of a preset mean nothing in another layout
+def _build(
+    preset: dict, input_size: int = 32, in_channels: int = 4, num_classes: int = 1000, **config
+) -> EDT:
+    if (
+        "depths" in config or "heads" in config
+    ):  # block indices of a preset mean nothing in another layout
         preset = {**preset, "amm": None, "mid_mask_block": None}
     return EDT(EDTConfig(input_size, in_channels, num_classes, **{**preset, **config}))
 
 
 EDT_models = {name: functools.partial(_build, preset) for name, preset in PRESETS.items()}
-# The release spells "never modulated" as a model of its own; the network and its tensors are the same.
-EDT_models |= {f"{name}_noAMM": functools.partial(_build, {**preset, "amm": None}) for name, preset in PRESETS.items()}
+# The release spells "never modulated" as a model of its own; the network and its tensors are the
+# same.
+EDT_models |= {
+    f"{name}_noAMM": functools.partial(_build, {**preset, "amm": None})
+    for name, preset in PRESETS.items()
+}

@@ -48,12 +48,33 @@ def features(image_folder, tmp_path_factory) -> Path:
     import extract_features
 
     folder = tmp_path_factory.mktemp("features")
-    extract_features.main(["--data-path", str(image_folder), "--features-path", str(folder), "--vae", "pixels",
-                           "--image-size", "16", "--num-workers", "0"])  # fmt: skip
+    extract_features.main(
+        [
+            "--data-path",
+            str(image_folder),
+            "--features-path",
+            str(folder),
+            "--vae",
+            "pixels",
+            "--image-size",
+            "16",
+            "--num-workers",
+            "0",
+        ]
+    )
     return folder
 
 
-TRAIN = ("--model", "EDT-Tiny/2", "--global-batch-size", "4", "--num-workers", "0", "--log-every", "1")
+TRAIN = (
+    "--model",
+    "EDT-Tiny/2",
+    "--global-batch-size",
+    "4",
+    "--num-workers",
+    "0",
+    "--log-every",
+    "1",
+)
 SAMPLE = ("--num-sampling-steps", "3", "--num-images", "7", "--cfg-scale", "1.5")
 
 
@@ -63,14 +84,18 @@ def run_folder(features, tmp_path_factory) -> Path:
     import train_mask_adan
 
     folder = tmp_path_factory.mktemp("run") / "run"
-    code = train_mask_adan.main([*TRAIN, "--feature-path", str(features), "--run-dir", str(folder), "--max-steps", "2"])
+    code = train_mask_adan.main(
+        [*TRAIN, "--feature-path", str(features), "--run-dir", str(folder), "--max-steps", "2"]
+    )
     assert code == 0
     return folder
 
 
 @pytest.fixture(scope="session")
 def trained(run_folder, tmp_path_factory) -> Path:
-    """A checkpoint whose weights make a difference: the run's, with golden weights in place of the EMA."""
+    """A checkpoint whose weights make a difference: the run's, with golden weights in place of the
+    EMA.
+    """
     from golden_rule import golden_weight
 
     folder = tmp_path_factory.mktemp("trained") / "checkpoint"
@@ -86,13 +111,26 @@ def trained(run_folder, tmp_path_factory) -> Path:
 def run_script(*command, **options) -> subprocess.CompletedProcess:
     """Run a command from the project's root, as a user would."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, text=True, capture_output=True,
-                          timeout=300, **options)  # fmt: skip
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        **options,
+    )
 
 
 def limited(file_size: int) -> dict:
-    """What `ulimit -f` does, in bytes: a write beyond it fails as on a full disk. For run_script."""
-    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))}
+    """What `ulimit -f` does, in bytes: a write beyond it fails as on a full disk. For
+    run_script.
+    """
+    return {
+        "preexec_fn": lambda: resource.setrlimit(
+            resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY)
+        )
+    }
 
 
 def fails(main, argv: list, capsys) -> str:
@@ -102,5 +140,7 @@ def fails(main, argv: list, capsys) -> str:
         main([str(part) for part in argv])
     assert error.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert re.match(r"(\S+: )?error: ", lines[-1]) and "Traceback" not in "".join(lines)  # argparse names the script first
+    assert re.match(r"(\S+: )?error: ", lines[-1]) and "Traceback" not in "".join(
+        lines
+    )  # argparse names the script first
     return lines[-1]

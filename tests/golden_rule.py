@@ -1,4 +1,6 @@
-"""The rule that makes the weights and inputs of the golden values (tests/golden), so that none are stored."""
+"""The rule that makes the weights and inputs of the golden values (tests/golden), so that none are
+stored.
+"""
 
 import zlib
 from pathlib import Path
@@ -11,7 +13,9 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor filled from its own name."""
-    values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
+    values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(
+        shape, dtype=np.float32
+    )
     if "rel_pos_bias" in name:
         std = 0.3
     elif "embedding_table" in name:

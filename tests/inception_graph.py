@@ -1,8 +1,9 @@
-"""A GraphDef like ``classify_image_graph_def.pb``, node for node, with random weights; made without TensorFlow.
+"""A GraphDef like ``classify_image_graph_def.pb``, node for node, with random weights; made without
+TensorFlow.
 
-The nodes are written out here, and not derived from the table of ``edt.metrics``, so that each checks the other. The
-size of the result is that of the published file, which counts every name and attribute.
-"""
+The nodes are written out here, and not derived from the table of ``edt.metrics``, so that each
+checks the other. The size of the result is that of the published file, which counts every name and
+attribute."""
 
 import struct
 from typing import Literal
@@ -118,7 +119,9 @@ MAX_POOLS = {  # name: input, stride, padding
 AVERAGE_POOLS = [block for block in BLOCKS if block not in ("mixed_3", "mixed_8", "mixed_10")]
 WAYS_35 = "conv tower/conv_1 tower_1/conv_2 tower_2/conv"
 WAYS_17 = "conv tower/conv_2 tower_1/conv_4 tower_2/conv"
-WAYS_8 = "conv tower/mixed/conv tower/mixed/conv_1 tower_1/mixed/conv tower_1/mixed/conv_1 tower_2/conv"
+WAYS_8 = (
+    "conv tower/mixed/conv tower/mixed/conv_1 tower_1/mixed/conv tower_1/mixed/conv_1 tower_2/conv"
+)
 JOINS = {
     **dict.fromkeys(("mixed", "mixed_1", "mixed_2"), WAYS_35),
     "mixed_3": "conv tower/conv_2 pool",
@@ -166,11 +169,19 @@ def integers(*values: int) -> bytes:
 
 def node(name: str, op: str, *inputs: str, **attributes: bytes) -> bytes:
     entries = (text(5, text(1, key) + text(2, value)) for key, value in attributes.items())
-    return text(1, text(1, name) + text(2, op) + b"".join(text(3, source) for source in inputs) + b"".join(entries))
+    return text(
+        1,
+        text(1, name)
+        + text(2, op)
+        + b"".join(text(3, source) for source in inputs)
+        + b"".join(entries),
+    )
 
 
 def constant(name: str, value: np.ndarray | bytes | int | float) -> bytes:
-    """Arrays go to ``tensor_content``, scalars to the field of their type, as in the published file."""
+    """Arrays go to ``tensor_content``, scalars to the field of their type, as in the published
+    file.
+    """
     if isinstance(value, bytes):
         dtype, shape, content = STRING, b"", text(8, value)
     elif isinstance(value, int):
@@ -179,13 +190,22 @@ def constant(name: str, value: np.ndarray | bytes | int | float) -> bytes:
         dtype, shape, content = FLOAT, b"", text(5, struct.pack("<f", value))
     else:
         dtype = FLOAT if value.dtype == np.float32 else INT32
-        shape, content = b"".join(text(2, number(1, size)) for size in value.shape), text(4, value.tobytes())
-    return node(name, "Const", dtype=kind(dtype), value=text(8, number(1, dtype) + text(2, shape) + content))
+        shape, content = (
+            b"".join(text(2, number(1, size)) for size in value.shape),
+            text(4, value.tobytes()),
+        )
+    return node(
+        name, "Const", dtype=kind(dtype), value=text(8, number(1, dtype) + text(2, shape) + content)
+    )
 
 
 def guarded(name: str, source: str, message: str) -> bytes:
-    check = node(f"{name}/CheckNumerics", "CheckNumerics", source, T=kind(FLOAT), message=text(2, message))
-    return check + node(f"{name}/control_dependency", "Identity", source, f"^{name}/CheckNumerics", T=kind(FLOAT))
+    check = node(
+        f"{name}/CheckNumerics", "CheckNumerics", source, T=kind(FLOAT), message=text(2, message)
+    )
+    return check + node(
+        f"{name}/control_dependency", "Identity", source, f"^{name}/CheckNumerics", T=kind(FLOAT)
+    )
 
 
 def input_path(side: int = 299) -> bytes:
@@ -207,7 +227,13 @@ def input_path(side: int = 299) -> bytes:
             constant("ExpandDims/dim", 0),
             node("ExpandDims", "ExpandDims", "Cast", "ExpandDims/dim", T=kind(FLOAT)),
             constant("ResizeBilinear/size", np.array([side, side], np.int32)),
-            node("ResizeBilinear", "ResizeBilinear", "ExpandDims", "ResizeBilinear/size", T=kind(FLOAT)),
+            node(
+                "ResizeBilinear",
+                "ResizeBilinear",
+                "ExpandDims",
+                "ResizeBilinear/size",
+                T=kind(FLOAT),
+            ),
             constant("Sub/y", 128.0),
             node("Sub", "Sub", "ResizeBilinear", "Sub/y", T=kind(FLOAT)),
             constant("Mul/y", 1 / 128),
@@ -244,7 +270,9 @@ def unit(row: str, r: np.random.Generator, gamma: Gamma, epsilon: float) -> byte
             constant(f"{name}/batchnorm/beta", normal(cout, 0.1)),
             constant(f"{name}/batchnorm/gamma", gammas),
             constant(f"{name}/batchnorm/moving_mean", normal(cout, 0.2)),
-            constant(f"{name}/batchnorm/moving_variance", r.uniform(0.5, 1.5, cout).astype(np.float32)),
+            constant(
+                f"{name}/batchnorm/moving_variance", r.uniform(0.5, 1.5, cout).astype(np.float32)
+            ),
             node(
                 f"{name}/batchnorm",
                 "BatchNormWithGlobalNormalization",
@@ -266,15 +294,30 @@ def pools_and_joins(last_pool: str = "MaxPool") -> bytes:
         parts.append(guarded(name, source, "MaxPool input is not finite."))
         op = last_pool if name == "mixed_10/tower_2/pool" else "MaxPool"
         window = {"ksize": integers(1, 3, 3, 1), "strides": integers(1, stride, stride, 1)}
-        parts.append(node(name, op, f"{name}/control_dependency", **window, padding=text(2, padding)))
+        parts.append(
+            node(name, op, f"{name}/control_dependency", **window, padding=text(2, padding))
+        )
     for block in AVERAGE_POOLS:
         window = {"ksize": integers(1, 3, 3, 1), "strides": integers(1, 1, 1, 1)}
-        parts.append(node(f"{block}/tower_2/pool", "AvgPool", INPUTS[block], T=kind(FLOAT), **window, padding=text(2, "SAME")))
+        parts.append(
+            node(
+                f"{block}/tower_2/pool",
+                "AvgPool",
+                INPUTS[block],
+                T=kind(FLOAT),
+                **window,
+                padding=text(2, "SAME"),
+            )
+        )
     for block, ends in JOINS.items():
         sources = [f"{block}/{end}" for end in ends.split()]
         axis = f"{block}/join/concat_dim"
         parts.append(constant(axis, 3))
-        parts.append(node(f"{block}/join", "Concat", axis, *sources, N=number(3, len(sources)), T=kind(FLOAT)))
+        parts.append(
+            node(
+                f"{block}/join", "Concat", axis, *sources, N=number(3, len(sources)), T=kind(FLOAT)
+            )
+        )
     return b"".join(parts)
 
 
@@ -284,20 +327,45 @@ def head(r: np.random.Generator) -> bytes:
     transposes = {"transpose_a": flag(False), "transpose_b": flag(False)}
     return b"".join(
         [
-            node("pool_3", "AvgPool", "mixed_10/join", T=kind(FLOAT), **window, padding=text(2, "VALID")),
+            node(
+                "pool_3",
+                "AvgPool",
+                "mixed_10/join",
+                T=kind(FLOAT),
+                **window,
+                padding=text(2, "VALID"),
+            ),
             constant("pool_3/_reshape/shape", np.array([1, 2048], np.int32)),
             node("pool_3/_reshape", "Reshape", "pool_3", "pool_3/_reshape/shape", T=kind(FLOAT)),
             constant("softmax/weights", weights),
             constant("softmax/biases", np.float32(0.1) * r.standard_normal(1008, dtype=np.float32)),
-            node("softmax/logits/MatMul", "MatMul", "pool_3/_reshape", "softmax/weights", T=kind(FLOAT), **transposes),
-            node("softmax/logits", "BiasAdd", "softmax/logits/MatMul", "softmax/biases", T=kind(FLOAT)),
+            node(
+                "softmax/logits/MatMul",
+                "MatMul",
+                "pool_3/_reshape",
+                "softmax/weights",
+                T=kind(FLOAT),
+                **transposes,
+            ),
+            node(
+                "softmax/logits",
+                "BiasAdd",
+                "softmax/logits/MatMul",
+                "softmax/biases",
+                T=kind(FLOAT),
+            ),
             node("softmax", "Softmax", "softmax/logits", T=kind(FLOAT)),
         ]
     )
 
 
 def random_graph(
-    seed: int, *, gamma: Gamma = "one", side: int = 299, epsilon: float = 0.001, last_pool: str = "MaxPool"
+    seed: int,
+    *,
+    gamma: Gamma = "one",
+    side: int = 299,
+    epsilon: float = 0.001,
+    last_pool: str = "MaxPool",
 ) -> bytes:
     """The serialized graph; options other than ``gamma`` make one that must be refused.
 
@@ -305,4 +373,6 @@ def random_graph(
     """
     r = np.random.default_rng(seed)
     units = [unit(row, r, gamma, epsilon) for row in UNITS.strip().splitlines()]
-    return b"".join([input_path(side), *units, pools_and_joins(last_pool), head(r), text(4, number(1, 1))])
+    return b"".join(
+        [input_path(side), *units, pools_and_joins(last_pool), head(r), text(4, number(1, 1))]
+    )

@@ -7,24 +7,41 @@ import torch
 from conftest import ROOT
 
 from edt.amm import modulation_matrix
-from edt.attention import attention
+from edt.nn.attention import attention
 
-GOLDEN = {name: value for name, value in golden_rule.load("edt.npz").items() if name.startswith("amm")}
+GOLDEN = {
+    name: value
+    for name, value in golden_rule.load("edt.sampling.npz_writer").items()
+    if name.startswith("amm")
+}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_matrices_are_those_of_the_release(name):
     form, grid = name.removeprefix("amm").split(".n")
-    torch.testing.assert_close(modulation_matrix(int(grid), form), torch.from_numpy(GOLDEN[name]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        modulation_matrix(int(grid), form), torch.from_numpy(GOLDEN[name]), atol=1e-6, rtol=0
+    )
 
 
 def test_a_small_grid_by_hand():
     matrix = modulation_matrix(2)  # d_max = sqrt(2), T = 4 sqrt(2), R = sqrt(5)
-    near, far = 0.5 * math.exp(math.cos(2 * math.pi / (4 * math.sqrt(2)))), 0.5 * math.exp(math.cos(math.pi / 2))
-    expected = torch.tensor([[math.e / 2, near, near, far], [near, math.e / 2, far, near],
-                             [near, far, math.e / 2, near], [far, near, near, math.e / 2]])  # fmt: skip
+    near, far = (
+        0.5 * math.exp(math.cos(2 * math.pi / (4 * math.sqrt(2)))),
+        0.5 * math.exp(math.cos(math.pi / 2)),
+    )
+    expected = torch.tensor(
+        [
+            [math.e / 2, near, near, far],
+            [near, math.e / 2, far, near],
+            [near, far, math.e / 2, near],
+            [far, near, near, math.e / 2],
+        ]
+    )
     torch.testing.assert_close(matrix, expected)
-    assert torch.equal(modulation_matrix(1), torch.ones(1, 1)) and torch.equal(modulation_matrix(1, "512"), torch.ones(1, 1))
+    assert torch.equal(modulation_matrix(1), torch.ones(1, 1)) and torch.equal(
+        modulation_matrix(1, "512"), torch.ones(1, 1)
+    )
 
 
 @pytest.mark.parametrize("form", ["256", "512"])
@@ -38,7 +55,9 @@ def test_the_radius_includes_its_ties(grid, form):
     torch.testing.assert_close(modulation_matrix(grid, form, radius=math.sqrt(edge)), matrix)
     assert modulation_matrix(grid, form, radius=math.sqrt(edge) - 1e-3)[0, 2 * grid + grid - 1] == 0
     assert modulation_matrix(grid, form, radius=0).count_nonzero() == grid * grid
-    assert modulation_matrix(grid, form, radius=2.0 * grid).count_nonzero() >= (grid * grid) ** 2 - 4
+    assert (
+        modulation_matrix(grid, form, radius=2.0 * grid).count_nonzero() >= (grid * grid) ** 2 - 4
+    )
 
 
 def test_mistakes_are_named():
@@ -49,7 +68,11 @@ def test_mistakes_are_named():
 
 
 def test_readme_modulates_another_transformer_as_edt_does():
-    (example,) = [code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) if "(q @" in code]
+    (example,) = [
+        code
+        for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        if "(q @" in code
+    ]
     qkv = torch.randn(2, 256, 3, 4, 64)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     names = {"q": q, "k": k, "v": v}

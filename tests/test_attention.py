@@ -2,14 +2,18 @@ import pytest
 import torch
 
 from edt.amm import modulation_matrix
-from edt.attention import attention
-from edt.errors import UserError
+from edt.nn.attention import attention
+from edt.utils.errors import UserError
 
 
 def inputs(tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(tokens)
     qkv = torch.randn(3, tokens, 3, 2, 52, generator=generator).to(dtype)
-    return [qkv, 0.5 * torch.randn(2, tokens, tokens, generator=generator), torch.randn(3, tokens, 104, generator=generator)]
+    return [
+        qkv,
+        0.5 * torch.randn(2, tokens, tokens, generator=generator),
+        torch.randn(3, tokens, 104, generator=generator),
+    ]
 
 
 def results(compute, qkv, bias, grad) -> list[torch.Tensor]:
@@ -36,7 +40,9 @@ def test_outputs_and_gradients_are_those_of_float64(dtype, tolerance, autocast, 
             return attention(qkv, bias, modulation)
 
     given = inputs(grid**2, dtype)
-    for value, wanted in zip(results(ours, *given), results(exact, *(each.double() for each in given)), strict=True):
+    for value, wanted in zip(
+        results(ours, *given), results(exact, *(each.double() for each in given)), strict=True
+    ):
         assert (value.double() - wanted).norm() <= tolerance * wanted.norm()  # NaN fails
     assert ours(*given[:2]).dtype == dtype  # autocast does not lower what was asked for
 

@@ -1,8 +1,8 @@
 """Triton attention against float64 autograd of the plain definition.
 
-What launches kernels runs on a GPU where there is one; and always, by ``test_in_the_interpreter``, in Triton's interpreter
-on the CPU, which is a process of its own since Triton must be imported with TRITON_INTERPRET set.
-"""
+What launches kernels runs on a GPU where there is one; and always, by ``test_in_the_interpreter``,
+in Triton's interpreter on the CPU, which is a process of its own since Triton must be imported with
+TRITON_INTERPRET set."""
 
 import json
 import os
@@ -20,31 +20,33 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from edt.amm import modulation_matrix
-from edt.attention import attention
-from edt.errors import UserError
+from edt.nn.attention import attention
+from edt.utils.errors import UserError
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from edt import attention_triton  # noqa: E402
-from edt.attention_triton import triton_attention  # noqa: E402
+from edt.nn.attention_triton import triton_attention  # noqa: E402
 
 INTERPRETED = attention_triton.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-launches = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or the interpreter")
+launches = pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or the interpreter"
+)
 on_a_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 outside = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
 
 
 @pytest.fixture(autouse=INTERPRETED)
 def bfloat16_in_the_interpreter(monkeypatch):
-    """The interpreter keeps bfloat16 as the 16 bits: it would cast by cutting off, and multiply the bits as integers.
+    """The interpreter keeps bfloat16 as the 16 bits: it would cast by cutting off, and multiply the
+    bits as integers.
 
-    As the hardware does, and as the interpreter does for other types: casts round to nearest, ties to even; the products of
-    two bfloat16 are exact in the float32 in which they are added.
-    """
+    As the hardware does, and as the interpreter does for other types: casts round to nearest, ties
+    to even; the products of two bfloat16 are exact in the float32 in which they are added."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
@@ -62,32 +64,55 @@ def bfloat16_in_the_interpreter(monkeypatch):
         return TensorHandle(values.view(torch.uint16).numpy(), tl.bfloat16)
 
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_rounding)
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest))
+    monkeypatch.setattr(
+        InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest),
+    )
 
 
 @outside
 @pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
     reason="the interpreter of Triton before 3.7 fails with numpy from 2.4",
 )
 def test_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not slow",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+    ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 40
 
 
 def inputs(tokens: int, dtype=torch.float32, modulated=False, images=2, heads=2, width=52) -> tuple:
-    """qkv, a bias laid out as the model makes it, a modulation with zeros, the gradient of the output."""
+    """qkv, a bias laid out as the model makes it, a modulation with zeros, the gradient of the
+    output.
+    """
     torch.manual_seed(0)
     qkv = torch.randn(images, tokens, 3, heads, width).to(DEVICE, dtype)
     bias = torch.randn(tokens, tokens, heads).to(DEVICE).permute(2, 0, 1)
-    modulation = (1.4 * torch.rand(tokens, tokens) * (torch.rand(tokens, tokens) > 0.3)).to(DEVICE) if modulated else None
+    modulation = (
+        (1.4 * torch.rand(tokens, tokens) * (torch.rand(tokens, tokens) > 0.3)).to(DEVICE)
+        if modulated
+        else None
+    )
     return qkv, bias, modulation, torch.randn(images, tokens, heads * width).to(DEVICE, dtype)
 
 
-def differentiate(function: Callable, qkv: Tensor, bias: Tensor, modulation: Tensor | None, grad_out: Tensor) -> dict:
+def differentiate(
+    function: Callable, qkv: Tensor, bias: Tensor, modulation: Tensor | None, grad_out: Tensor
+) -> dict:
     qkv, bias = (tensor.detach().requires_grad_() for tensor in (qkv, bias))
     out = function(qkv, bias, modulation)
     grad_qkv, grad_bias = torch.autograd.grad(out, (qkv, bias), grad_out)
@@ -106,13 +131,20 @@ def empty_is_nan():
 
 
 def errors(*case) -> dict[str, float]:
-    """Relative errors; absolute where the exact result is (nearly) zero, as the bias gradient of a single token is."""
+    """Relative errors; absolute where the exact result is (nearly) zero, as the bias gradient of a
+    single token is.
+    """
     with empty_is_nan():
         got = differentiate(triton_attention, *case)
-    exact = differentiate(attention, *(None if tensor is None else tensor.double() for tensor in case))
+    exact = differentiate(
+        attention, *(None if tensor is None else tensor.double() for tensor in case)
+    )
     for name, tensor in zip(got, (case[3], case[0], case[1]), strict=True):
         assert (got[name].shape, got[name].dtype) == (tensor.shape, tensor.dtype), name
-    return {name: float((got[name] - exact[name]).norm() / exact[name].norm().clamp(min=1)) for name in got}
+    return {
+        name: float((got[name] - exact[name]).norm() / exact[name].norm().clamp(min=1))
+        for name in got
+    }
 
 
 def within(found: dict[str, float], limit: float) -> bool:
@@ -156,7 +188,9 @@ def test_chunks_are_many_but_not_too_many():
 
 @launches
 def test_scores_of_any_size():
-    """No overflow where scores are far from zero, and none from padding where every score is far below it."""
+    """No overflow where scores are far from zero, and none from padding where every score is far
+    below it.
+    """
     for shift in (-300, 300):
         qkv, bias, modulation, grad_out = inputs(9, modulated=True)
         found = errors(4 * qkv, bias + shift, modulation, grad_out)
@@ -200,9 +234,17 @@ def test_operators_are_registered_soundly():
         _, delta = ops.attention_grad_qkv(qkv, bias, factor, out, grad_out, lse)
         leaves = qkv.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
         torch.library.opcheck(ops.attention.default, (*leaves, factor))
-    first_order = {"test_utils": ("test_schema", "test_faketensor")}  # gradients of gradients do not exist
-    torch.library.opcheck(ops.attention_grad_qkv.default, (qkv, bias, modulation, out, grad_out, lse), **first_order)
-    torch.library.opcheck(ops.attention_grad_bias.default, (qkv, bias, modulation, grad_out, lse, delta), **first_order)
+    first_order = {
+        "test_utils": ("test_schema", "test_faketensor")
+    }  # gradients of gradients do not exist
+    torch.library.opcheck(
+        ops.attention_grad_qkv.default, (qkv, bias, modulation, out, grad_out, lse), **first_order
+    )
+    torch.library.opcheck(
+        ops.attention_grad_bias.default,
+        (qkv, bias, modulation, grad_out, lse, delta),
+        **first_order,
+    )
 
 
 def check_compiled(backend: str) -> None:
@@ -213,7 +255,9 @@ def check_compiled(backend: str) -> None:
 
     torch.compiler.reset()
     eager = differentiate(block, qkv, bias, modulation, grad_out)
-    compiled = differentiate(torch.compile(block, backend=backend, fullgraph=True), qkv, bias, modulation, grad_out)
+    compiled = differentiate(
+        torch.compile(block, backend=backend, fullgraph=True), qkv, bias, modulation, grad_out
+    )
     for name in eager:
         torch.testing.assert_close(compiled[name], eager[name], rtol=1e-5, atol=1e-5)
 
@@ -248,7 +292,9 @@ def test_counts_the_operations_of_the_plain_definition():
 
 @launches
 @pytest.mark.parametrize(
-    "change", [lambda x: x.double(), lambda x: x.new_zeros(1, 4, 3, 2, 129)], ids=["float64", "head width 129"]
+    "change",
+    [lambda x: x.double(), lambda x: x.new_zeros(1, 4, 3, 2, 129)],
+    ids=["float64", "head width 129"],
 )
 def test_what_the_kernels_cannot_do_is_refused(change):
     qkv, bias, modulation, _ = inputs(4, modulated=True)
@@ -266,9 +312,11 @@ def test_a_cpu_is_refused():
 
 @outside
 def test_absence_of_triton_is_said_in_one_line():
-    script = "import sys; sys.modules['triton'] = None; import edt.attention; import edt.attention_triton"
+    script = "import sys; sys.modules['triton'] = None; import edt.nn.attention; import edt.nn.attention_triton"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1].startswith("edt.errors.UserError: Triton attention needs the triton package")
+    assert done.stderr.splitlines()[-1].startswith(
+        "edt.utils.errors.UserError: Triton attention needs the triton package"
+    )
 
 
 def report(*options) -> dict:
@@ -284,7 +332,9 @@ def check_report(found: dict, count: int) -> None:
     for row in found["rows"]:
         assert row["shared_bytes"] <= found["shared_kib"] * 1024, row
         if found["target"] != "sm_90":
-            assert row["spills"] < 100, row  # what they are tuned for is an H100; elsewhere they must run
+            assert row["spills"] < 100, (
+                row
+            )  # what they are tuned for is an H100; elsewhere they must run
             continue
         assert row["spills"] == 0, row
         if found["head_width"] == 52:
@@ -306,7 +356,9 @@ def test_kernels_compile_for_sm90_at_every_shape():
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [72, 128])
 def test_wide_heads_compile_for_sm90(width):
-    check_report(report("--head-width", str(width), "--image-sizes", "256", "--tokens", "256"), 3 * 8)
+    check_report(
+        report("--head-width", str(width), "--image-sizes", "256", "--tokens", "256"), 3 * 8
+    )
 
 
 @outside
@@ -318,8 +370,14 @@ def test_kernels_compile_for_other_gpus(sm):
 
 @outside
 def test_benchmark_measures_every_path(tmp_path):
-    command = [sys.executable, "benchmarks/bench_attention.py", *"--images 2 --tokens 16 --repeats 2 --json".split()]
-    done = subprocess.run([*command, tmp_path / "report.json"], cwd=ROOT, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "benchmarks/bench_attention.py",
+        *"--images 2 --tokens 16 --repeats 2 --json".split(),
+    ]
+    done = subprocess.run(
+        [*command, tmp_path / "report.json"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     paths = json.loads((tmp_path / "report.json").read_text())["paths"]
     assert list(paths) == ["released", "plain", "sdpa"] + ["triton"] * torch.cuda.is_available()
@@ -362,7 +420,13 @@ def test_more_than_two_billion_numbers():
     images, tokens, heads = 768, 1024, 18
     qkv = torch.randn(images, tokens, 3, heads, 52, dtype=torch.bfloat16, device=DEVICE)
     assert qkv.numel() > 2**31
-    bias, grad_out = torch.randn(heads, tokens, tokens, device=DEVICE), torch.randn_like(qkv[:, :, 0].flatten(2))
-    many, one = (differentiate(triton_attention, x, bias, None, g) for x, g in ((qkv, grad_out), (qkv[-1:], grad_out[-1:])))
+    bias, grad_out = (
+        torch.randn(heads, tokens, tokens, device=DEVICE),
+        torch.randn_like(qkv[:, :, 0].flatten(2)),
+    )
+    many, one = (
+        differentiate(triton_attention, x, bias, None, g)
+        for x, g in ((qkv, grad_out), (qkv[-1:], grad_out[-1:]))
+    )
     assert torch.equal(many["out"][-1:], one["out"])
     assert torch.equal(many["grad_qkv"][-1:], one["grad_qkv"])

@@ -13,15 +13,32 @@ def test_solvers_are_compared_on_an_image_folder(trained, image_folder, tmp_path
     for split in ("train", "test"):
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / "images" / split).symlink_to(image_folder)
-    done = run_script(sys.executable, "benchmarks/bench_solvers.py", "--ckpt", trained, "--images", tmp_path / "images", "--steps",
-                      2, 4, "--num-images", 6, "--output-dir", tmp_path / "out")  # fmt: skip
+    done = run_script(
+        sys.executable,
+        "benchmarks/bench_solvers.py",
+        "--ckpt",
+        trained,
+        "--images",
+        tmp_path / "images",
+        "--steps",
+        2,
+        4,
+        "--num-images",
+        6,
+        "--output-dir",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "solvers.json").read_text())
     assert [(row["solver"], row["steps"]) for row in report["rows"]] == [
         (solver, steps) for solver in ("ddpm", "ddim", "dpm++", "unipc") for steps in (2, 4)
     ]
-    assert all(row["frechet_distance"] > 0 and 0 <= row["class_accuracy"] <= 1 for row in report["rows"])
-    assert report["held_back_real_images"]["frechet_distance"] == pytest.approx(0, abs=1e-6)  # the same images here
+    assert all(
+        row["frechet_distance"] > 0 and 0 <= row["class_accuracy"] <= 1 for row in report["rows"]
+    )
+    assert report["held_back_real_images"]["frechet_distance"] == pytest.approx(
+        0, abs=1e-6
+    )  # the same images here
     assert np.asarray(Image.open(tmp_path / "out" / "solvers.png")).std() > 0
 
 
@@ -37,10 +54,23 @@ def test_solvers_are_compared_at_the_demos_guidance(monkeypatch):
 
 @pytest.mark.slow
 def test_layouts_of_features_are_compared(tmp_path):
-    done = run_script(sys.executable, "benchmarks/bench_loader.py", "--count", 600, "--seconds", 0.1, "--repeats", 1,
-                      "--folder", tmp_path)  # fmt: skip
+    done = run_script(
+        sys.executable,
+        "benchmarks/bench_loader.py",
+        "--count",
+        600,
+        "--seconds",
+        0.1,
+        "--repeats",
+        1,
+        "--folder",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert [line.split(" | ")[0] for line in done.stdout.splitlines()[2:6]] == [
-        "| packed, once", "| packed, fresh", "| npy, once", "| npy, once, as the release reads it"
-    ]  # fmt: skip
+        "| packed, once",
+        "| packed, fresh",
+        "| npy, once",
+        "| npy, once, as the release reads it",
+    ]
     assert not list(tmp_path.iterdir())

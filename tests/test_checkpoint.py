@@ -7,7 +7,7 @@ import golden_rule
 import pytest
 import torch
 
-from edt.checkpoint import (
+from edt.checkpoints.folder import (
     build,
     list_checkpoints,
     load_model,
@@ -16,7 +16,7 @@ from edt.checkpoint import (
     read_release,
     save_checkpoint,
 )
-from edt.errors import UserError
+from edt.utils.errors import UserError
 
 
 @pytest.fixture
@@ -27,7 +27,15 @@ def tiny():
 def save_release(path, model, args=None, prefix=""):
     weights = {prefix + name: value for name, value in model.state_dict().items()}
     half = {name: value / 2 for name, value in weights.items()}
-    torch.save({"model": half, "ema": weights, "opt": {}, "args": args or argparse.Namespace(model="EDT", lr=1e-3)}, path)
+    torch.save(
+        {
+            "model": half,
+            "ema": weights,
+            "opt": {},
+            "args": args or argparse.Namespace(model="EDT", lr=1e-3),
+        },
+        path,
+    )
 
 
 def same(a, b) -> bool:
@@ -41,7 +49,9 @@ def test_released_files_load(tmp_path, tiny, prefix):
     assert same(model, tiny) and notes == {} and not model.training
     assert model.config == tiny.config
     assert not same(load_model(tmp_path / "full.pt", which="model")[0], tiny)
-    torch.save({prefix + name: value for name, value in tiny.state_dict().items()}, tmp_path / "bare.pt")
+    torch.save(
+        {prefix + name: value for name, value in tiny.state_dict().items()}, tmp_path / "bare.pt"
+    )
     assert same(load_model(tmp_path / "bare.pt")[0], tiny)
 
 
@@ -98,7 +108,9 @@ def test_unreadable_files_are_named(tmp_path):
 
 
 def checkpoint(folder, value: float):
-    save_checkpoint(folder, {"ema": {"x": torch.full((100,), value)}}, {"state": {"step": int(folder.name)}})
+    save_checkpoint(
+        folder, {"ema": {"x": torch.full((100,), value)}}, {"state": {"step": int(folder.name)}}
+    )
 
 
 def test_damage_is_seen_and_passed_over(tmp_path, caplog):
@@ -120,7 +132,9 @@ def test_damage_is_seen_and_passed_over(tmp_path, caplog):
 def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
     checkpoint(tmp_path / "0000005", 1.0)
     with pytest.raises(TypeError):
-        save_checkpoint(tmp_path / "0000010", {"ema": {"x": torch.zeros(2)}}, {"state": {"bad": object()}})
+        save_checkpoint(
+            tmp_path / "0000010", {"ema": {"x": torch.zeros(2)}}, {"state": {"bad": object()}}
+        )
     assert os.listdir(tmp_path) == ["0000005"]
     assert newest_checkpoint(tmp_path).name == "0000005"
 
@@ -136,12 +150,27 @@ def test_pruning_keeps_the_last_and_every_nth(tmp_path):
 def test_a_run_folder_gives_its_newest_weights(run_folder, tmp_path):
     model, notes = load_model(run_folder)
     assert same(model, load_model(run_folder / "checkpoints" / "0000002")[0])
-    assert notes["features"]["classes"] == ["ant", "bee", "cat"] and notes["features"]["vae"] == "pixels"
-    copied = shutil.copytree(run_folder / "checkpoints" / "0000002", tmp_path / "shared")  # no training state needed
-    for name in ("optimizer.safetensors", "sampler.safetensors", "state.json", "model.safetensors", "manifest.json"):
+    assert (
+        notes["features"]["classes"] == ["ant", "bee", "cat"]
+        and notes["features"]["vae"] == "pixels"
+    )
+    copied = shutil.copytree(
+        run_folder / "checkpoints" / "0000002", tmp_path / "shared"
+    )  # no training state needed
+    for name in (
+        "optimizer.safetensors",
+        "sampler.safetensors",
+        "state.json",
+        "model.safetensors",
+        "manifest.json",
+    ):
         (copied / name).unlink()
-    assert same(load_model(copied)[0], model) and same(load_model(copied / "ema.safetensors")[0], model)
+    assert same(load_model(copied)[0], model) and same(
+        load_model(copied / "ema.safetensors")[0], model
+    )
     config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**config, "model": {**config["model"], "colour": 3}}))
+    (copied / "config.json").write_text(
+        json.dumps({**config, "model": {**config["model"], "colour": 3}})
+    )
     with pytest.raises(UserError, match="unknown model configuration colour"):
         load_model(copied)

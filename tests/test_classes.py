@@ -1,17 +1,25 @@
 import pytest
 import torch
 
-from edt.classes import class_names, find_class
-from edt.errors import UserError
-from edt.grids import captioned_grid, difference
+from edt.data.class_names import class_names, find_class
+from edt.sampling.image_grid import captioned_grid, difference
+from edt.utils.errors import UserError
 
 FOLDERS = ["ant", "Bumble bee", "10", "cat"]
 
 
 def test_classes_by_number_or_by_the_users_folders():
     names = class_names(4, FOLDERS)
-    assert [find_class(text, names) for text in ("0", "3", "CAT", " bumble bee ", "10")] == [0, 3, 3, 1, 2]
-    assert class_names(6, FOLDERS)[4:] == [["class 4"], ["class 5"]] and class_names(0, None) == [["class 0"]]
+    assert [find_class(text, names) for text in ("0", "3", "CAT", " bumble bee ", "10")] == [
+        0,
+        3,
+        3,
+        1,
+        2,
+    ]
+    assert class_names(6, FOLDERS)[4:] == [["class 4"], ["class 5"]] and class_names(0, None) == [
+        ["class 0"]
+    ]
 
 
 @pytest.mark.parametrize("folders", [None, [f"n{1440764 + i:08d}" for i in range(1000)]])
@@ -51,11 +59,16 @@ def test_captioned_grid_scales_small_images_up_and_leaves_large_ones():
     picture = captioned_grid(small, ["first", "second"], ["a", "b", "c"], min_side=10)
     assert picture.size == (3 * 14 + 2, 20 + 2 * (20 + 16))
     assert (
-        picture.getpixel((2 + 14, 20 + 20 + 2)) == picture.getpixel((2 + 14 + 2, 20 + 20 + 2 + 2)) == tuple(small[0, 1, 0, 0])
+        picture.getpixel((2 + 14, 20 + 20 + 2))
+        == picture.getpixel((2 + 14 + 2, 20 + 20 + 2 + 2))
+        == tuple(small[0, 1, 0, 0])
     )
     assert captioned_grid(small, ["1", "2"], min_side=4).size == (3 * 6 + 2, 2 * (20 + 8))
 
 
 def test_difference_is_grey_where_images_agree():
-    a, b = torch.tensor([0, 255, 7, 0], dtype=torch.uint8), torch.tensor([255, 0, 7, 2], dtype=torch.uint8)
+    a, b = (
+        torch.tensor([0, 255, 7, 0], dtype=torch.uint8),
+        torch.tensor([255, 0, 7, 2], dtype=torch.uint8),
+    )
     assert difference(a, b).tolist() == [0, 255, 128, 127]

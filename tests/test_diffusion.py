@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from edt.diffusion import LossSecondMomentSampler, create_diffusion, create_timestep_sampler
-from edt.errors import UserError
 from edt.models import EDT_models
+from edt.utils.errors import UserError
 
 GOLDEN = golden_rule.load("diffusion.npz")
 
 
 def close(actual: torch.Tensor, expected: np.ndarray) -> None:
-    torch.testing.assert_close(actual, torch.from_numpy(expected), rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    torch.testing.assert_close(
+        actual, torch.from_numpy(expected), rtol=1e-5, atol=1e-5 * np.abs(expected).max()
+    )
 
 
 def test_schedule_is_that_of_the_release():
@@ -33,10 +35,18 @@ def test_other_respacings():
     assert create_diffusion("1").timestep_map.tolist() == [0]
     assert create_diffusion(2).timestep_map.tolist() == [0, 999]
     sections = create_diffusion("10,15,25").timestep_map  # 1000 = 334 + 333 + 333
-    assert len(sections) == 50 and sections[9] == 333 and sections[10] == 334 and sections[24] == 666 and sections[-1] == 999
+    assert (
+        len(sections) == 50
+        and sections[9] == 333
+        and sections[10] == 334
+        and sections[24] == 666
+        and sections[-1] == 999
+    )
     # A respaced process has the marginals of the full one.
     full, some = create_diffusion(), create_diffusion("37")
-    np.testing.assert_allclose(some.tables["alphas_cumprod"], full.tables["alphas_cumprod"][some.timestep_map], rtol=1e-9)
+    np.testing.assert_allclose(
+        some.tables["alphas_cumprod"], full.tables["alphas_cumprod"][some.timestep_map], rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("spec", ["0", "1001", "-3", "ddim7x", "ddim999", "ten", "10,", "500,600"])
@@ -46,7 +56,9 @@ def test_impossible_respacings_are_refused(spec):
 
 
 def test_losses_are_those_of_the_release():
-    x, noise, output = (golden_rule.normal(seed, 6, c, 32, 32) for seed, c in ((10, 4), (11, 4), (12, 8)))
+    x, noise, output = (
+        golden_rule.normal(seed, 6, c, 32, 32) for seed, c in ((10, 4), (11, 4), (12, 8))
+    )
     t, diffusion = torch.from_numpy(GOLDEN["losses.t"]), create_diffusion()
     assert 0 in t.tolist()  # the discretised likelihood
     losses = diffusion.training_losses(lambda x_t, t: output, x, t, noise)
@@ -61,7 +73,10 @@ def test_losses_are_those_of_the_release():
 def test_the_bound_trains_the_variance_and_not_the_noise():
     output = golden_rule.normal(12, 3, 8, 4, 4).requires_grad_()
     losses = create_diffusion().training_losses(
-        lambda x, t: output, golden_rule.normal(0, 3, 4, 4, 4), torch.tensor([0, 5, 700]), golden_rule.normal(1, 3, 4, 4, 4)
+        lambda x, t: output,
+        golden_rule.normal(0, 3, 4, 4, 4),
+        torch.tensor([0, 5, 700]),
+        golden_rule.normal(1, 3, 4, 4, 4),
     )
     losses["vb"].sum().backward(retain_graph=True)
     assert not output.grad[:, :4].any() and output.grad[:, 4:].all()
@@ -80,14 +95,19 @@ def test_a_perfect_model_has_no_error_and_the_posterior_of_gaussian_data():
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 1, 64, 64, generator=generator)
-    out = diffusion.p_sample_loop(optimal, x, noise_at=lambda i: torch.randn(x.shape, generator=generator))
+    out = diffusion.p_sample_loop(
+        optimal, x, noise_at=lambda i: torch.randn(x.shape, generator=generator)
+    )
     assert out.std() == pytest.approx(1, abs=0.03) and out.mean() == pytest.approx(0, abs=0.03)
-    out = create_diffusion("1000").ddim_sample_loop(optimal, x)  # the exact flow of this process is the identity
+    out = create_diffusion("1000").ddim_sample_loop(
+        optimal, x
+    )  # the exact flow of this process is the identity
     torch.testing.assert_close(out, x, atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("case", "spec", "loop"), [("ddpm10", "10", "p_sample_loop"), ("ddim10", "ddim10", "ddim_sample_loop")]
+    ("case", "spec", "loop"),
+    [("ddpm10", "10", "p_sample_loop"), ("ddim10", "ddim10", "ddim_sample_loop")],
 )
 def test_loops_are_those_of_the_release(case, spec, loop):
     model = golden_rule.fill(EDT_models["EDT-S/2"]()).eval()
@@ -114,20 +134,29 @@ def test_ddim_with_eta_one_is_ancestral_with_the_smaller_variance():
         return golden_rule.normal(i, 2, 1, 4, 4)
 
     torch.testing.assert_close(
-        diffusion.ddim_sample_loop(model, x, noise_at=noise_at, eta=1.0), diffusion.p_sample_loop(model, x, noise_at=noise_at),
-        rtol=1e-4, atol=1e-4,
-    )  # fmt: skip
+        diffusion.ddim_sample_loop(model, x, noise_at=noise_at, eta=1.0),
+        diffusion.p_sample_loop(model, x, noise_at=noise_at),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_timestep_sampler_is_that_of_the_release():
     sampler = LossSecondMomentSampler(20)
-    for t, loss, weights in zip(GOLDEN["resample.t"], GOLDEN["resample.loss"], GOLDEN["resample.weights"], strict=True):
+    for t, loss, weights in zip(
+        GOLDEN["resample.t"], GOLDEN["resample.loss"], GOLDEN["resample.weights"], strict=True
+    ):
         sampler.update(torch.from_numpy(t), torch.from_numpy(loss))
-        np.testing.assert_allclose(sampler.probabilities().numpy(), weights / weights.sum(), rtol=1e-9)
+        np.testing.assert_allclose(
+            sampler.probabilities().numpy(), weights / weights.sum(), rtol=1e-9
+        )
 
 
 def test_many_equal_timesteps_in_a_batch_leave_the_newest_losses():
-    sampler, one_by_one = LossSecondMomentSampler(4, history=3), LossSecondMomentSampler(4, history=3)
+    sampler, one_by_one = (
+        LossSecondMomentSampler(4, history=3),
+        LossSecondMomentSampler(4, history=3),
+    )
     t = torch.tensor([1, 2, 1, 1, 1, 0, 1, 2, 3, 3, 3, 0, 0, 2])
     loss = torch.arange(1.0, 15.0)
     for _ in range(3):
@@ -140,7 +169,10 @@ def test_many_equal_timesteps_in_a_batch_leave_the_newest_losses():
 
 
 def test_importance_weights_keep_the_mean_unbiased():
-    sampler, value = LossSecondMomentSampler(50), torch.rand(50, generator=torch.Generator().manual_seed(1))
+    sampler, value = (
+        LossSecondMomentSampler(50),
+        torch.rand(50, generator=torch.Generator().manual_seed(1)),
+    )
     for _ in range(10):
         sampler.update(torch.arange(50), torch.arange(50.0) + 1)
     t, weight = sampler.sample(200_000, torch.Generator().manual_seed(0))
@@ -149,7 +181,8 @@ def test_importance_weights_keep_the_mean_unbiased():
     restored = create_timestep_sampler("loss-second-moment", 50)
     restored.load_state_dict(sampler.state_dict())
     assert torch.equal(
-        restored.sample(100, torch.Generator().manual_seed(2))[0], sampler.sample(100, torch.Generator().manual_seed(2))[0]
+        restored.sample(100, torch.Generator().manual_seed(2))[0],
+        sampler.sample(100, torch.Generator().manual_seed(2))[0],
     )
 
 
@@ -157,6 +190,11 @@ def test_uniform_sampler():
     sampler = create_timestep_sampler("uniform")
     t, weight = sampler.sample(100_000, torch.Generator().manual_seed(0))
     sampler.update(t, weight)
-    assert t.min() == 0 and t.max() == 999 and t.float().mean() == pytest.approx(499.5, abs=3) and (weight == 1).all()
+    assert (
+        t.min() == 0
+        and t.max() == 999
+        and t.float().mean() == pytest.approx(499.5, abs=3)
+        and (weight == 1).all()
+    )
     with pytest.raises(UserError, match="gaussian"):
         create_timestep_sampler("gaussian")

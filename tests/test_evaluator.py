@@ -25,15 +25,30 @@ def files(tmp_path):
 
 
 def printed(text: str) -> dict[str, float]:
-    return {label: float(value) for label, value in (line.rsplit(": ", 1) for line in text.splitlines())}
+    return {
+        label: float(value) for label, value in (line.rsplit(": ", 1) for line in text.splitlines())
+    }
 
 
 def test_command_prints_pixel_scores(files):
-    command = [sys.executable, "evaluator.py", files / "ref.npz", files / "gen.npz", "--features", "pixels"]
+    command = [
+        sys.executable,
+        "evaluator.py",
+        files / "ref.npz",
+        files / "gen.npz",
+        "--features",
+        "pixels",
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     scores = printed(result.stdout)
-    assert list(scores) == ["Pixel-space Frechet distance", "Pixel-space precision", "Pixel-space recall"]
-    a, b = (np.load(files / name)["arr_0"].reshape(-1, 192) / 255 for name in ("ref.npz", "gen.npz"))
+    assert list(scores) == [
+        "Pixel-space Frechet distance",
+        "Pixel-space precision",
+        "Pixel-space recall",
+    ]
+    a, b = (
+        np.load(files / name)["arr_0"].reshape(-1, 192) / 255 for name in ("ref.npz", "gen.npz")
+    )
     lower_bound = ((a.mean(0) - b.mean(0)) ** 2).sum()
     upper_bound = lower_bound + a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()
     assert lower_bound < scores["Pixel-space Frechet distance"] < upper_bound
@@ -51,7 +66,18 @@ def test_json_report(files):
     (files / "ref.npz").rename(files.parent / "ref.npz")
     (files / "gen.npz").rename(files / "samples_30.npz")
     report = files / "report.json"
-    main([str(files.parent / "ref.npz"), str(files), "--features", "pixels", "--json", str(report), "--pr", "adm"])
+    main(
+        [
+            str(files.parent / "ref.npz"),
+            str(files),
+            "--features",
+            "pixels",
+            "--json",
+            str(report),
+            "--pr",
+            "adm",
+        ]
+    )
     report = json.loads(report.read_text())
     assert {"frechet_distance", "precision", "recall"} < report.keys()
     assert report["features"] == {"name": "pixels", "backend": "torch", "weights_sha256": None}

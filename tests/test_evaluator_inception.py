@@ -1,4 +1,6 @@
-"""The evaluator as a command on Inception features, with a generated graph in place of the published one."""
+"""The evaluator as a command on Inception features, with a generated graph in place of the
+published one.
+"""
 
 import hashlib
 import json
@@ -34,7 +36,9 @@ def structured_images(seed: int, count: int, side: int) -> np.ndarray:
     for _ in range(count):
         coarse = Image.fromarray(r.integers(0, 256, (*r.integers(2, 9, 2), 3), dtype=np.uint8))
         noise = r.normal(0, r.uniform(0, 40), (side, side, 3))
-        images.append(np.clip(np.asarray(coarse.resize((side, side))) + noise, 0, 255).astype(np.uint8))
+        images.append(
+            np.clip(np.asarray(coarse.resize((side, side))) + noise, 0, 255).astype(np.uint8)
+        )
     return np.stack(images)
 
 
@@ -43,14 +47,33 @@ def run(folder, *arguments) -> None:
 
 
 def test_from_photographs_to_scores(folder, capsys, caplog):
-    """make-ref crops as training does, its file is ADM's, and its own images score as perfect samples."""
-    run(folder, "make-ref", folder / "photos", folder / "ref.npz", "--image-size", 32, "--num-images", 5)
+    """make-ref crops as training does, its file is ADM's, and its own images score as perfect
+    samples.
+    """
+    run(
+        folder,
+        "make-ref",
+        folder / "photos",
+        folder / "ref.npz",
+        "--image-size",
+        32,
+        "--num-images",
+        5,
+    )
     with np.load(folder / "ref.npz") as reference:
         assert reference["arr_0"].shape == (5, 32, 32, 3)
         assert reference["mu"].shape * 2 == reference["sigma"].shape == (2048, 2048)
         assert reference["mu_s"].shape * 2 == reference["sigma_s"].shape == (2023, 2023)
     capsys.readouterr()
-    run(folder, folder / "ref.npz", folder / "photos", "--image-size", 32, "--json", folder / "report.json")
+    run(
+        folder,
+        folder / "ref.npz",
+        folder / "photos",
+        "--image-size",
+        32,
+        "--json",
+        folder / "report.json",
+    )
     scores = printed(capsys.readouterr().out)
     assert list(scores) == ADM_LINES
     assert scores["FID"] == pytest.approx(0, abs=1e-3)
@@ -73,7 +96,10 @@ def test_from_photographs_to_scores(folder, capsys, caplog):
 def test_statistics_alone_give_fid_and_sfid(folder, capsys, caplog):
     run(folder, "make-ref", folder / "photos", folder / "ref.npz", "--image-size", 32)
     with np.load(folder / "ref.npz") as reference:
-        np.savez(folder / "only.npz", **{name: reference[name] for name in ("mu", "sigma", "mu_s", "sigma_s")})
+        np.savez(
+            folder / "only.npz",
+            **{name: reference[name] for name in ("mu", "sigma", "mu_s", "sigma_s")},
+        )
     capsys.readouterr()
     run(folder, folder / "only.npz", folder / "samples.npz")
     scores = printed(capsys.readouterr().out)
@@ -95,7 +121,9 @@ def test_missing_and_wrong_weights_are_refused(folder, tmp_path, capsys):
     assert "nowhere.pb" in refused(capsys, *pair, "--inception", tmp_path / "nowhere.pb")
     (tmp_path / "html.pb").write_text("<html>")
     assert "html.pb" in refused(capsys, *pair, "--inception", tmp_path / "html.pb")
-    assert ".safetensors" in refused(capsys, "convert-inception", folder / "graph.pb", tmp_path / "out.pt")
+    assert ".safetensors" in refused(
+        capsys, "convert-inception", folder / "graph.pb", tmp_path / "out.pt"
+    )
 
 
 def test_converted_weights_give_the_same_report(folder, tmp_path):
@@ -105,10 +133,22 @@ def test_converted_weights_give_the_same_report(folder, tmp_path):
     for weights in (folder / "graph.pb", converted):
         report = tmp_path / f"{weights.suffix}.json"
         pair = [str(folder / "samples.npz"), str(folder / "samples.npz")]
-        main([*pair, "--inception", str(weights), "--json", str(report), "--cache-dir", str(tmp_path / "cache")])
+        main(
+            [
+                *pair,
+                "--inception",
+                str(weights),
+                "--json",
+                str(report),
+                "--cache-dir",
+                str(tmp_path / "cache"),
+            ]
+        )
         reports.append(report.read_text())
     assert reports[0] == reports[1]
-    assert len(list((tmp_path / "cache").iterdir())) == 1  # one set of images, one hash of the weights
+    assert (
+        len(list((tmp_path / "cache").iterdir())) == 1
+    )  # one set of images, one hash of the weights
 
 
 @pytest.mark.slow
@@ -123,7 +163,8 @@ def test_backends_agree(folder, tmp_path, capsys):
     for name in ADM_LINES[:3]:
         assert scores["torch"][name] == pytest.approx(scores["tensorflow"][name], rel=1e-3)
     for name in ADM_LINES[3:]:
-        # One image more or less may cross a radius: the features differ in the last bit, and half precision rounds.
+        # One image more or less may cross a radius: the features differ in the last bit, and half
+        # precision rounds.
         assert scores["torch"][name] == pytest.approx(scores["tensorflow"][name], abs=1.01 / 80)
 
 
@@ -136,6 +177,8 @@ def test_half_precision_distances_are_those_of_tensorflow():
     a, b = (np.abs(r.standard_normal((n, 2048), dtype=np.float32)) for n in (300, 200))
     u, v = (tf.cast(x, tf.float16) for x in (a, b))
     norms = [tf.reduce_sum(tf.square(x), 1) for x in (u, v)]
-    expected = tf.maximum(norms[0][:, None] - 2 * tf.matmul(u, v, transpose_b=True) + norms[1], 0).numpy()
+    expected = tf.maximum(
+        norms[0][:, None] - 2 * tf.matmul(u, v, transpose_b=True) + norms[1], 0
+    ).numpy()
     found = _half_distances(torch.from_numpy(a), torch.from_numpy(b)).numpy()
     assert (found == expected).mean() > 0.999

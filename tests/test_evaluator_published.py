@@ -1,7 +1,8 @@
-"""OpenAI's published scores, from OpenAI's own files: some 12 GB, so the test looks for them and fetches nothing.
+"""OpenAI's published scores, from OpenAI's own files: some 12 GB, so the test looks for them and
+fetches nothing.
 
-``EDT_ADM_FILES`` names the folder that holds them (default: the working directory); see docs/evaluation.md.
-"""
+``EDT_ADM_FILES`` names the folder that holds them (default: the working directory); see
+docs/evaluation.md."""
 
 import os
 from pathlib import Path
@@ -17,7 +18,8 @@ FILES = {
     "samples": FOLDER / "admnet_guided_upsampled_imagenet256.npz",
     "weights": FOLDER / "classify_image_graph_def.pb",
 }
-# The line that guided-diffusion's evaluations/README.md prints for these files, and how far from it we may be.
+# The line that guided-diffusion's evaluations/README.md prints for these files, and how far from it
+# we may be.
 PUBLISHED = {
     "Inception Score": (215.8370, 0.2),
     "FID": (3.942557, 0.01),

@@ -15,8 +15,8 @@ from conftest import ROOT, run_script
 from PIL import Image
 
 import extract_features
-from edt.errors import UserError
-from edt.features import open_features, sample_posterior
+from edt.data.features import open_features, sample_posterior
+from edt.utils.errors import UserError
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
@@ -28,8 +28,12 @@ def vae(tmp_path_factory):
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, down_block_types=["DownEncoderBlock2D"] * 4,
-                  up_block_types=["UpDecoderBlock2D"] * 4).save_pretrained(folder)  # fmt: skip
+    AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -46,8 +50,22 @@ def large_images(image_folder, tmp_path_factory):
 
 def argv(images, out, *more, vae="pixels"):
     size = 16 if vae == "pixels" else 64
-    return [str(part) for part in ("--data-path", images, "--features-path", out, "--vae", vae, "--image-size", size,
-                                   "--num-workers", 0, *more)]  # fmt: skip
+    return [
+        str(part)
+        for part in (
+            "--data-path",
+            images,
+            "--features-path",
+            out,
+            "--vae",
+            vae,
+            "--image-size",
+            size,
+            "--num-workers",
+            0,
+            *more,
+        )
+    ]
 
 
 def extract(*arguments, **options):
@@ -61,7 +79,11 @@ def read_all(folder, flips=None):
 
 
 def data_files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".npy", ".json")}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.suffix in (".npy", ".json")
+    }
 
 
 def test_packed_and_npy_hold_the_same(image_folder, tmp_path):
@@ -75,12 +97,18 @@ def test_packed_and_npy_hold_the_same(image_folder, tmp_path):
     assert torch.equal(packed[indices, np.zeros(6, int)][0], latents[indices])
     files = sorted(image_folder.rglob("*.png"), key=lambda path: (path.parent.name, path.name))
     for latent, label, file in zip(latents, labels, files, strict=True):
-        expected = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 255 * 2 - 1
+        expected = (
+            torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 255 * 2 - 1
+        )
         assert torch.equal(latent, expected) or torch.equal(latent, expected.flip(-1))
         assert ("ant", "bee", "cat")[label] == file.parent.name
     manifest = json.loads((tmp_path / "packed" / "manifest.json").read_text())
     assert [shard["count"] for shard in manifest["shards"]] == [7, 7, 7, 7, 7, 5]
-    assert manifest["classes"] == ["ant", "bee", "cat"] and manifest["vae"]["id"] == "pixels" and manifest["flips"] == "once"
+    assert (
+        manifest["classes"] == ["ant", "bee", "cat"]
+        and manifest["vae"]["id"] == "pixels"
+        and manifest["flips"] == "once"
+    )
 
 
 def test_a_release_folder_without_manifest_is_read(tmp_path):
@@ -90,7 +118,9 @@ def test_a_release_folder_without_manifest_is_read(tmp_path):
         np.save(tmp_path / "imagenet_features" / f"{i}.npy", np.full((1, 4, 8, 8), i, np.float32))
         np.save(tmp_path / "imagenet_labels" / f"{i}.npy", np.array([i * 80]))
     features, latents, labels = read_all(tmp_path)
-    assert latents[:, 0, 0, 0].tolist() == list(range(12)) and labels.tolist() == list(range(0, 960, 80))
+    assert latents[:, 0, 0, 0].tolist() == list(range(12)) and labels.tolist() == list(
+        range(0, 960, 80)
+    )
     features.settle()
     assert features.num_classes == 1000 and features.latent_shape == (4, 8, 8)
 
@@ -102,30 +132,51 @@ def test_fresh_features_hold_the_posterior_of_both_orientations(large_images, va
     fresh, plain, labels = read_all(tmp_path / "fresh")
     _, mirrored, _ = read_all(tmp_path / "fresh", np.ones(40, int))
     assert fresh.fresh and plain.shape == (40, 8, 8, 8) and fresh.latent_shape == (4, 8, 8)
-    from edt.vae import load_vae
+    from edt.data.vae import load_vae
 
     files = sorted(large_images.rglob("*.png"), key=lambda path: (path.parent.name, path.name))
     images = torch.stack(
-        [torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 255 * 2 - 1 for file in files]
+        [
+            torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 255 * 2 - 1
+            for file in files
+        ]
     )
     for stored, turned in ((plain, images), (mirrored, images.flip(-1))):
-        torch.testing.assert_close(stored, torch.cat(load_vae(str(vae)).encode(turned), dim=1), rtol=2e-3, atol=2e-4)
+        torch.testing.assert_close(
+            stored, torch.cat(load_vae(str(vae)).encode(turned), dim=1), rtol=2e-3, atol=2e-4
+        )
     _, once, _ = read_all(tmp_path / "once")
-    noise = (once - plain[:, :4]) / plain[:, 4:]  # what the frozen draw was made with is standard normal
+    noise = (once - plain[:, :4]) / plain[
+        :, 4:
+    ]  # what the frozen draw was made with is standard normal
     assert abs(noise.mean()) < 0.15 and noise.std() == pytest.approx(1, abs=0.12)
     torch.testing.assert_close(sample_posterior(plain, noise), once, rtol=1e-3, atol=1e-3)
     with pytest.raises(SystemExit):
-        extract_features.main(argv(large_images, tmp_path / "x", "--draw", "fresh", "--layout", "npy"))
+        extract_features.main(
+            argv(large_images, tmp_path / "x", "--draw", "fresh", "--layout", "npy")
+        )
     extract(large_images, tmp_path / "one-way", "--draw", "fresh", "--no-flip", vae=vae)
     assert torch.equal(read_all(tmp_path / "one-way", np.ones(40, int))[1], plain)
 
 
-def test_two_processes_of_another_batch_size_and_a_kill_make_the_same_files(large_images, vae, tmp_path):
+def test_two_processes_of_another_batch_size_and_a_kill_make_the_same_files(
+    large_images, vae, tmp_path
+):
     common = ("--shard-size", 3)
     extract(large_images, tmp_path / "whole", *common, "--batch-size", 32, vae=vae)
-    command = [*TORCHRUN, "extract_features.py", *argv(large_images, tmp_path / "parts", *common, "--batch-size", 5, vae=vae)]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    command = [
+        *TORCHRUN,
+        "extract_features.py",
+        *argv(large_images, tmp_path / "parts", *common, "--batch-size", 5, vae=vae),
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "parts").glob("shard-*.npy")) and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -135,11 +186,15 @@ def test_two_processes_of_another_batch_size_and_a_kill_make_the_same_files(larg
     assert survivors
     done = run_script(*command)
     assert done.returncode == 0, done.stderr
-    assert all(path.stat().st_mtime_ns == written for path, written in survivors.items())  # only what was missing
+    assert all(
+        path.stat().st_mtime_ns == written for path, written in survivors.items()
+    )  # only what was missing
     _, expected, labels = read_all(tmp_path / "whole")
     _, found, same_labels = read_all(tmp_path / "parts")
     assert torch.equal(labels, same_labels)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the VAE's sums depend on the batch
+    torch.testing.assert_close(
+        found, expected, rtol=1e-5, atol=1e-5
+    )  # the VAE's sums depend on the batch
     assert not [path for path in (tmp_path / "parts").iterdir() if path.suffix == ".tmp"]
 
 
@@ -159,10 +214,19 @@ def test_running_again_mends_what_is_damaged_and_nothing_else(image_folder, tmp_
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: os.truncate(f / "shard-00001.npy", 1000), "shard-00001.npy; it is missing or cut short"),
+        (
+            lambda f: os.truncate(f / "shard-00001.npy", 1000),
+            "shard-00001.npy; it is missing or cut short",
+        ),
         (lambda f: (f / "shard-00000.npy").unlink(), "shard-00000.npy; it is missing"),
-        (lambda f: np.save(f / "shard-00000.npy", np.zeros((16, 3, 8, 8), np.float32)), "its manifest says"),
-        (lambda f: np.save(f / "labels.npy", np.zeros(39, np.int64)), "labels.npy holds int64 (39,)"),
+        (
+            lambda f: np.save(f / "shard-00000.npy", np.zeros((16, 3, 8, 8), np.float32)),
+            "its manifest says",
+        ),
+        (
+            lambda f: np.save(f / "labels.npy", np.zeros(39, np.int64)),
+            "labels.npy holds int64 (39,)",
+        ),
         (lambda f: (f / "manifest.json").unlink(), "has not finished"),
         (lambda f: (f / "manifest.json").write_text("{"), "cannot read"),
         (lambda f: shutil.rmtree(f), "no features in"),

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from edt.errors import UserError
 from edt.metrics import inception_weights
 from edt.metrics.graphdef import read_graph
 from edt.metrics.inception import InceptionFeatures, resize
 from edt.metrics.inception_graph import GRAPH, UNITS, Join, Pool
 from edt.metrics.inception_weights import find_weights, load_weights, save_weights
+from edt.utils.errors import UserError
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +32,14 @@ def sample_images(height: int, width: int) -> np.ndarray:
     """Noise, a smooth ramp, a checkerboard and blocks, uint8 (4, height, width, 3)."""
     rows, columns = np.indices((height, width))
     noise = np.random.default_rng(height).integers(0, 256, (height, width, 3))
-    ramp = np.stack([rows * 255 // height, columns * 255 // width, (rows + columns) * 255 // (height + width)], -1)
+    ramp = np.stack(
+        [rows * 255 // height, columns * 255 // width, (rows + columns) * 255 // (height + width)],
+        -1,
+    )
     checkerboard = ((rows + columns) % 2 * 255)[..., None].repeat(3, -1)
-    blocks = np.random.default_rng(width).integers(0, 256, (8, 8, 3))[rows * 8 // height, columns * 8 // width]
+    blocks = np.random.default_rng(width).integers(0, 256, (8, 8, 3))[
+        rows * 8 // height, columns * 8 // width
+    ]
     return np.stack([noise, ramp, checkerboard, blocks]).astype(np.uint8)
 
 
@@ -50,13 +55,19 @@ def test_network_has_the_nodes_of_the_graph():
     ]
     assert units == inception_graph.UNITS.strip().splitlines()
     pools = {node.name: node for node in GRAPH if isinstance(node, Pool)}
-    maxima = {name: (p.source, p.stride, p.padding) for name, p in pools.items() if p.op == "MaxPool"}
+    maxima = {
+        name: (p.source, p.stride, p.padding) for name, p in pools.items() if p.op == "MaxPool"
+    }
     assert maxima == inception_graph.MAX_POOLS
     averages = {name: p.source for name, p in pools.items() if p.op == "AvgPool"}
-    assert averages == {f"{block}/tower_2/pool": inception_graph.INPUTS[block] for block in inception_graph.AVERAGE_POOLS}
+    assert averages == {
+        f"{block}/tower_2/pool": inception_graph.INPUTS[block]
+        for block in inception_graph.AVERAGE_POOLS
+    }
     joins = {node.name: node.sources for node in GRAPH if isinstance(node, Join)}
     assert joins == {
-        f"{block}/join": tuple(f"{block}/{end}" for end in ends.split()) for block, ends in inception_graph.JOINS.items()
+        f"{block}/join": tuple(f"{block}/{end}" for end in ends.split())
+        for block, ends in inception_graph.JOINS.items()
     }
 
 
@@ -72,12 +83,14 @@ def test_resize_is_that_of_tensorflow_1(size):
     assert resized.shape == (299, 299)
     for i, j in np.random.default_rng(2).integers(0, 299, (200, 2)).tolist() + [[298, 298], [0, 0]]:
         (top, bottom, y), (left, right, x) = position(i, size[0]), position(j, size[1])
-        a, b = (image[row, left] + (image[row, right] - image[row, left]) * x for row in (top, bottom))
+        a, b = (
+            image[row, left] + (image[row, right] - image[row, left]) * x for row in (top, bottom)
+        )
         assert resized[i, j] == (a + (b - a) * y).item()
 
 
-# What TensorFlow 2.21 gives for the generated graph (seed 0, gamma used) and sample_images: mean of the pool features
-# and of the spatial features of each image, with three entries of each.
+# What TensorFlow 2.21 gives for the generated graph (seed 0, gamma used) and sample_images: mean of
+# the pool features and of the spatial features of each image, with three entries of each.
 TENSORFLOW = {
     32: (
         [
@@ -149,10 +162,16 @@ def test_network_meets_tensorflow(tmp_path, gamma):
         images = sample_images(height, width)
         expected_pool, expected_spatial = tensorflow.extract(images)
         pool, spatial = ours.extract(images)
-        pairs = [(pool, expected_pool), (spatial, expected_spatial), (pool @ weights, expected_pool @ weights)]
+        pairs = [
+            (pool, expected_pool),
+            (spatial, expected_spatial),
+            (pool @ weights, expected_pool @ weights),
+        ]
         pairs.append((ours.probabilities(pool), tensorflow.probabilities(pool.numpy())))
         for found, expected in pairs:
-            torch.testing.assert_close(found, expected, rtol=0, atol=float(1e-5 * expected.abs().max()))
+            torch.testing.assert_close(
+                found, expected, rtol=0, atol=float(1e-5 * expected.abs().max())
+            )
 
 
 def test_network_leaves_the_random_generator_alone(graph_file):
@@ -173,7 +192,9 @@ def test_gamma_counts_only_when_the_graph_says_so(tmp_path):
     for gamma in ("one", "ignored", "used"):
         (tmp_path / gamma).write_bytes(inception_graph.random_graph(3, gamma=gamma))
     name = "mixed_6/conv/batchnorm/gamma"
-    one, ignored, used = (load_weights(tmp_path / gamma).tensors[name] for gamma in ("one", "ignored", "used"))
+    one, ignored, used = (
+        load_weights(tmp_path / gamma).tensors[name] for gamma in ("one", "ignored", "used")
+    )
     assert (one == 1).all() and (ignored == 1).all() and (used != 1).any()
 
 

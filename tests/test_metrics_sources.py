@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edt.errors import UserError
 from edt.metrics import PixelFeatures, measure, open_source
 from edt.metrics.statistics import read_statistics, write_statistics
+from edt.utils.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
 
@@ -56,11 +56,15 @@ def test_folder_of_class_folders_is_read_in_path_order_and_cropped(tmp_path):
     for i, name in enumerate("ba"):
         write_folder(tmp_path / name, IMAGES[i * 10 : i * 10 + 10])
     source = open_source(tmp_path, crop=lambda image: image.crop((0, 0, 4, 4)))
-    np.testing.assert_array_equal(read(source), np.concatenate([IMAGES[10:], IMAGES[:10]])[:, :4, :4])
+    np.testing.assert_array_equal(
+        read(source), np.concatenate([IMAGES[10:], IMAGES[:10]])[:, :4, :4]
+    )
     assert source.images.sorted_by_class
 
 
-@pytest.mark.parametrize("labels, in_order", [(np.arange(20) // 5, True), (np.arange(20) % 5, False)])
+@pytest.mark.parametrize(
+    "labels, in_order", [(np.arange(20) // 5, True), (np.arange(20) % 5, False)]
+)
 def test_labels_tell_whether_images_are_sorted_by_class(tmp_path, labels, in_order):
     np.savez(tmp_path / "a.npz", IMAGES, labels)
     assert open_source(tmp_path / "a.npz").images.sorted_by_class == in_order
@@ -68,7 +72,10 @@ def test_labels_tell_whether_images_are_sorted_by_class(tmp_path, labels, in_ord
 
 REFUSED = {
     "nan": (np.full((4, 8, 8, 3), np.nan, np.float32), "NaN"),
-    "signed range": (np.linspace(-1, 1, 768, dtype=np.float32).reshape(4, 8, 8, 3), r"\[-1, 1\].*127.5"),
+    "signed range": (
+        np.linspace(-1, 1, 768, dtype=np.float32).reshape(4, 8, 8, 3),
+        r"\[-1, 1\].*127.5",
+    ),
     "float dtype": (IMAGES.astype(np.float64), "float64"),
     "integer dtype": (IMAGES.astype(np.int64), "int64"),
     "objects": (np.array([None, 1]), "object"),
@@ -99,7 +106,9 @@ def damaged(kind: str) -> bytes:
         return whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:]
     if kind == "header of a terabyte":
         header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 1000, 1000, 3)})
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 1000, 1000, 3)}
+        )
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("arr_0.npy", header.getvalue() + b"\0" * 100)
@@ -107,7 +116,9 @@ def damaged(kind: str) -> bytes:
     return {"empty": b"", "text": b"not an npz"}[kind]
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "flipped bit", "header of a terabyte"])
+@pytest.mark.parametrize(
+    "kind", ["empty", "text", "truncated", "flipped bit", "header of a terabyte"]
+)
 def test_damaged_files_are_refused(tmp_path, kind):
     path = tmp_path / "a.npz"
     path.write_bytes(damaged(kind))
@@ -153,7 +164,9 @@ def test_measured_statistics_survive_a_file(tmp_path):
     flat = IMAGES.reshape(20, -1) / 255
     for statistics in (measured, opened):
         np.testing.assert_allclose(statistics.moments.mean, flat.mean(0), rtol=1e-6)
-        np.testing.assert_allclose(statistics.moments.covariance, np.cov(flat, rowvar=False), atol=1e-7)
+        np.testing.assert_allclose(
+            statistics.moments.covariance, np.cov(flat, rowvar=False), atol=1e-7
+        )
         np.testing.assert_allclose(statistics.features, flat, rtol=1e-6)
         assert (statistics.count, statistics.resolution) == (20, (8, 8))
     with pytest.raises(UserError, match="pixels features, not inception"):
@@ -161,7 +174,9 @@ def test_measured_statistics_survive_a_file(tmp_path):
 
 
 def test_moments_in_a_file_win_over_those_of_its_images(tmp_path):
-    """ADM's reference files hold the moments of the whole training set beside 10,000 of its images."""
+    """ADM's reference files hold the moments of the whole training set beside 10,000 of its
+    images.
+    """
     mean, covariance = np.zeros(192), np.eye(192)
     np.savez(tmp_path / "ref.npz", arr_0=IMAGES, mu=mean, sigma=covariance, feature_name="pixels")
     measured = measure(open_source(tmp_path / "ref.npz", "pixels"), PixelFeatures())
@@ -169,7 +184,9 @@ def test_moments_in_a_file_win_over_those_of_its_images(tmp_path):
     assert len(measured.features) == 20
 
 
-@pytest.mark.parametrize("name, value, message", [("mu", np.nan, "NaN"), ("sigma", np.inf, "infinity")])
+@pytest.mark.parametrize(
+    "name, value, message", [("mu", np.nan, "NaN"), ("sigma", np.inf, "infinity")]
+)
 def test_damaged_statistics_are_refused(tmp_path, name, value, message):
     arrays = {"mu": np.zeros(4), "sigma": np.eye(4)}
     arrays[name] = arrays[name] + value

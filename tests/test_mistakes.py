@@ -1,4 +1,6 @@
-"""What a user can do wrong: one line that names the thing and the mend, exit code 2, before work starts."""
+"""What a user can do wrong: one line that names the thing and the mend, exit code 2, before work
+starts.
+"""
 
 import argparse
 import json
@@ -17,52 +19,120 @@ import extract_features
 import image_generator
 import image_generator_ddp
 import train_mask_adan
-from edt.checkpoint import list_checkpoints
-from edt.cli import check_speed
-from edt.errors import UserError
-from edt.files import differences
+from edt.checkpoints.folder import list_checkpoints
+from edt.cli.build import check_speed
+from edt.utils.errors import UserError
+from edt.utils.files import differences
 
 
-def test_resume_without_a_checkpoint_or_of_another_run_is_refused(features, run_folder, tmp_path, capsys):
+def test_resume_without_a_checkpoint_or_of_another_run_is_refused(
+    features, run_folder, tmp_path, capsys
+):
     base = [*TRAIN, "--feature-path", features, "--max-steps", 3]
-    assert "leave --resume out" in fails(train_mask_adan.main, [*base, "--run-dir", tmp_path / "a", "--resume"], capsys)
+    assert "leave --resume out" in fails(
+        train_mask_adan.main, [*base, "--run-dir", tmp_path / "a", "--resume"], capsys
+    )
     for demand in (["--resume"], ["--resume-step", 2]):
-        assert "no run of EDT-Tiny/2" in fails(train_mask_adan.main, [*base, "--results-dir", tmp_path, *demand], capsys)
-    assert "absent" in fails(train_mask_adan.main, [*base, "--run-dir", tmp_path, "--resume", tmp_path / "absent"], capsys)
+        assert "no run of EDT-Tiny/2" in fails(
+            train_mask_adan.main, [*base, "--results-dir", tmp_path, *demand], capsys
+        )
+    assert "absent" in fails(
+        train_mask_adan.main,
+        [*base, "--run-dir", tmp_path, "--resume", tmp_path / "absent"],
+        capsys,
+    )
     copied = shutil.copytree(run_folder, tmp_path / "run")
     continued = [*base, "--run-dir", copied]
-    assert "init_lr: 0.001 -> 0.01" in fails(train_mask_adan.main, [*continued, "--init-lr", 0.01], capsys)
-    assert "global_batch_size: 4 -> 8" in fails(train_mask_adan.main, [*continued, "--global-batch-size", 8], capsys)
-    assert train_mask_adan.main([str(part) for part in [*continued, "--global-batch-size", 8, "--allow-config-change"]]) == 0
-    assert "another model (depths" in fails(train_mask_adan.main, [*continued, "--model", "EDT-S/2"], capsys)
+    assert "init_lr: 0.001 -> 0.01" in fails(
+        train_mask_adan.main, [*continued, "--init-lr", 0.01], capsys
+    )
+    assert "global_batch_size: 4 -> 8" in fails(
+        train_mask_adan.main, [*continued, "--global-batch-size", 8], capsys
+    )
+    assert (
+        train_mask_adan.main(
+            [str(part) for part in [*continued, "--global-batch-size", 8, "--allow-config-change"]]
+        )
+        == 0
+    )
+    assert "another model (depths" in fails(
+        train_mask_adan.main, [*continued, "--model", "EDT-S/2"], capsys
+    )
 
 
 def test_a_folder_of_another_recipe_is_refused(run_folder, tmp_path, capsys):
     argv = ["--ckpt", str(run_folder), *SAMPLE, "--output-dir", str(tmp_path)]
     image_generator_ddp.main(argv)
-    assert "labels: uniform -> balanced" in fails(image_generator_ddp.main, [*argv, "--labels", "balanced"], capsys)
+    assert "labels: uniform -> balanced" in fails(
+        image_generator_ddp.main, [*argv, "--labels", "balanced"], capsys
+    )
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "imagenet_features" / "7.npy").write_bytes(b"\x93NUMPY"), "7.npy; it is damaged"),
-        (lambda folder: np.save(folder / "imagenet_features" / "7.npy", np.zeros((1, 3, 8, 8), np.float32)), "7.npy has shape"),
-        (lambda folder: (folder / "imagenet_labels" / "39.npy").unlink(), "40 features but 39 labels"),
-        (lambda folder: np.save(folder / "imagenet_labels" / "39.npy", np.array([3])), "label 3, beyond"),
+        (
+            lambda folder: (folder / "imagenet_features" / "7.npy").write_bytes(b"\x93NUMPY"),
+            "7.npy; it is damaged",
+        ),
+        (
+            lambda folder: np.save(
+                folder / "imagenet_features" / "7.npy", np.zeros((1, 3, 8, 8), np.float32)
+            ),
+            "7.npy has shape",
+        ),
+        (
+            lambda folder: (folder / "imagenet_labels" / "39.npy").unlink(),
+            "40 features but 39 labels",
+        ),
+        (
+            lambda folder: np.save(folder / "imagenet_labels" / "39.npy", np.array([3])),
+            "label 3, beyond",
+        ),
         (lambda folder: shutil.rmtree(folder / "imagenet_features"), "no features in"),
-        (lambda folder: [(folder / f"imagenet_{kind}" / "39.npy").unlink() for kind in ("labels", "features")], "39 of 40"),
+        (
+            lambda folder: [
+                (folder / f"imagenet_{kind}" / "39.npy").unlink() for kind in ("labels", "features")
+            ],
+            "39 of 40",
+        ),
     ],
 )
 def test_damaged_features_are_named(damage, message, image_folder, tmp_path, capsys):
     folder = tmp_path / "features"
-    extract_features.main(["--data-path", str(image_folder), "--features-path", str(folder), "--vae", "pixels", "--image-size",
-                           "16", "--num-workers", "0", "--layout", "npy"])  # fmt: skip
+    extract_features.main(
+        [
+            "--data-path",
+            str(image_folder),
+            "--features-path",
+            str(folder),
+            "--vae",
+            "pixels",
+            "--image-size",
+            "16",
+            "--num-workers",
+            "0",
+            "--layout",
+            "npy",
+        ]
+    )
     damage(folder)
-    argv = [*TRAIN, "--feature-path", folder, "--run-dir", tmp_path / "run", "--epochs", 1, "--num-workers", 1]
+    argv = [
+        *TRAIN,
+        "--feature-path",
+        folder,
+        "--run-dir",
+        tmp_path / "run",
+        "--epochs",
+        1,
+        "--num-workers",
+        1,
+    ]
     assert message in fails(train_mask_adan.main, argv, capsys)
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert multiprocessing.active_children() == []  # a worker left over would hold up the end of the process
+    assert (
+        multiprocessing.active_children() == []
+    )  # a worker left over would hold up the end of the process
 
 
 @pytest.mark.parametrize(
@@ -77,17 +147,40 @@ def test_damaged_features_are_named(damage, message, image_folder, tmp_path, cap
     ],
 )
 def test_wrong_training_arguments_are_named(more, message, features, tmp_path, capsys):
-    argv = [*TRAIN, "--feature-path", features, "--run-dir", tmp_path / "run", "--max-steps", 1, *more]
+    argv = [
+        *TRAIN,
+        "--feature-path",
+        features,
+        "--run-dir",
+        tmp_path / "run",
+        "--max-steps",
+        1,
+        *more,
+    ]
     assert message in fails(train_mask_adan.main, argv, capsys)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
-def test_speed_that_this_machine_cannot_give_is_refused(features, run_folder, tmp_path, capsys, monkeypatch):
+def test_speed_that_this_machine_cannot_give_is_refused(
+    features, run_folder, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("PATH", str(tmp_path))  # no compiler
     monkeypatch.delenv("CXX", raising=False)
-    for more, message in ((["--attention", "triton"], "needs a GPU"), (["--compile", "block"], "C++ compiler")):
-        train = [*TRAIN, "--feature-path", features, "--run-dir", tmp_path / "run", "--max-steps", 1, *more]
+    for more, message in (
+        (["--attention", "triton"], "needs a GPU"),
+        (["--compile", "block"], "C++ compiler"),
+    ):
+        train = [
+            *TRAIN,
+            "--feature-path",
+            features,
+            "--run-dir",
+            tmp_path / "run",
+            "--max-steps",
+            1,
+            *more,
+        ]
         sample = ["--ckpt", run_folder, "--output-dir", tmp_path / "samples", *more]
         assert message in fails(train_mask_adan.main, train, capsys)
         assert message in fails(image_generator_ddp.main, sample, capsys)
@@ -110,7 +203,11 @@ def test_bfloat16_is_refused_on_a_gpu_that_emulates_it(monkeypatch):
         (image_generator_ddp.main, ["--model", "EDT-S/2"], "not (1, 64, 312)"),
         (image_generator_ddp.main, ["--model", "DiT-S/2"], "unknown model"),
         (image_generator_ddp.main, ["--image-size", 32], "images of 16 pixels, not 32"),
-        (image_generator_ddp.main, ["--labels", "3"], "class 3 is outside the model's classes, 0 to 2"),
+        (
+            image_generator_ddp.main,
+            ["--labels", "3"],
+            "class 3 is outside the model's classes, 0 to 2",
+        ),
         (image_generator_ddp.main, ["--cfg-scale", 0.9], "--cfg-scale must be 1"),
         (image_generator_ddp.main, ["--num-sampling-steps", "0"], "sampling steps"),
         (image_generator_ddp.main, ["--num-images", 0], "--num-images"),
@@ -120,7 +217,11 @@ def test_bfloat16_is_refused_on_a_gpu_that_emulates_it(monkeypatch):
         (image_generator_ddp.main, ["--vae", "./absent"], "cannot load the VAE ./absent"),
         (image_generator_ddp.main, ["--num-images", 10**13], "GiB"),
         (image_generator_ddp.main, ["--amm", "--amm-radius", "-1"], "AMM radius"),
-        (image_generator_ddp.main, ["--solver", "dpm++", "--num-sampling-steps", "10,15,25"], "plain number"),
+        (
+            image_generator_ddp.main,
+            ["--solver", "dpm++", "--num-sampling-steps", "10,15,25"],
+            "plain number",
+        ),
         (image_generator_ddp.main, ["--cfg-interval", 700, 100], "--cfg-interval"),
         (image_generator.main, ["--solver", "unipc", "--num-sampling-steps", "1001"], "1 to 999"),
         (image_generator.main, ["--classes", "0", "-1"], "class -1 is outside"),
@@ -130,9 +231,19 @@ def test_bfloat16_is_refused_on_a_gpu_that_emulates_it(monkeypatch):
         (image_generator.main, ["--amm-blocks", "9"], "block 9 does not exist"),
     ],
 )
-def test_wrong_sampling_arguments_are_named(main, more, message, run_folder, tmp_path, capsys, monkeypatch):
+def test_wrong_sampling_arguments_are_named(
+    main, more, message, run_folder, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    argv = ["--ckpt", run_folder, "--num-sampling-steps", 2, "--output-dir", tmp_path / "out", *more]
+    argv = [
+        "--ckpt",
+        run_folder,
+        "--num-sampling-steps",
+        2,
+        "--output-dir",
+        tmp_path / "out",
+        *more,
+    ]
     assert message in fails(main, argv, capsys)
     assert not list(tmp_path.rglob("*.npz"))
     assert main is image_generator_ddp.main or not (tmp_path / "out").exists()
@@ -140,15 +251,31 @@ def test_wrong_sampling_arguments_are_named(main, more, message, run_folder, tmp
 
 def test_wrong_images_are_named(image_folder, tmp_path, capsys):
     def extract(folder, *more):
-        return ["--data-path", folder, "--features-path", tmp_path / "out", "--vae", "pixels", "--num-workers", 1, *more]
+        return [
+            "--data-path",
+            folder,
+            "--features-path",
+            tmp_path / "out",
+            "--vae",
+            "pixels",
+            "--num-workers",
+            1,
+            *more,
+        ]
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "flat").mkdir()
     shutil.copy(next(image_folder.rglob("*.png")), tmp_path / "flat")
     for name in ("absent", "empty", "flat"):
-        assert name in fails(extract_features.main, extract(tmp_path / name, "--image-size", 16), capsys)
-    assert "--image-size" in fails(extract_features.main, extract(image_folder, "--image-size", 0), capsys)
-    assert "a multiple of 8" in fails(extract_features.main, extract(image_folder, "--image-size", 15), capsys)
+        assert name in fails(
+            extract_features.main, extract(tmp_path / name, "--image-size", 16), capsys
+        )
+    assert "--image-size" in fails(
+        extract_features.main, extract(image_folder, "--image-size", 0), capsys
+    )
+    assert "a multiple of 8" in fails(
+        extract_features.main, extract(image_folder, "--image-size", 15), capsys
+    )
     assert not (tmp_path / "out").exists()
     copied = shutil.copytree(image_folder, tmp_path / "images")
     victim = next(copied.rglob("*.png"))
@@ -183,9 +310,19 @@ def test_wrong_images_are_named(image_folder, tmp_path, capsys):
         (evaluator.main, "--batch-size", ["0"]),
     ],
 )
-def test_numbers_out_of_range_are_named(main, option, values, features, run_folder, image_folder, tmp_path, capsys):
+def test_numbers_out_of_range_are_named(
+    main, option, values, features, run_folder, image_folder, tmp_path, capsys
+):
     argv = {
-        train_mask_adan.main: [*TRAIN, "--feature-path", features, "--run-dir", tmp_path / "out", "--max-steps", 1],
+        train_mask_adan.main: [
+            *TRAIN,
+            "--feature-path",
+            features,
+            "--run-dir",
+            tmp_path / "out",
+            "--max-steps",
+            1,
+        ],
         extract_features.main: ["--data-path", image_folder, "--features-path", tmp_path / "out"],
         evaluator.main: [image_folder, image_folder, "--features", "pixels"],
     }.get(main, ["--ckpt", run_folder, "--output-dir", tmp_path / "out"])
@@ -194,37 +331,74 @@ def test_numbers_out_of_range_are_named(main, option, values, features, run_fold
     assert not (tmp_path / "out").exists()
 
 
-def test_places_that_cannot_be_written_are_named(features, run_folder, image_folder, tmp_path, capsys, monkeypatch):
+def test_places_that_cannot_be_written_are_named(
+    features, run_folder, image_folder, tmp_path, capsys, monkeypatch
+):
     file = tmp_path / "file"
     file.touch()
-    extract = ["--data-path", image_folder, "--vae", "pixels", "--image-size", 16, "--num-workers", 0]
+    extract = [
+        "--data-path",
+        image_folder,
+        "--vae",
+        "pixels",
+        "--image-size",
+        16,
+        "--num-workers",
+        0,
+    ]
     for main, argv in (
         (extract_features.main, [*extract, "--features-path", file]),
-        (train_mask_adan.main, [*TRAIN, "--feature-path", features, "--max-steps", 1, "--run-dir", file / "run"]),
+        (
+            train_mask_adan.main,
+            [*TRAIN, "--feature-path", features, "--max-steps", 1, "--run-dir", file / "run"],
+        ),
         (image_generator_ddp.main, ["--ckpt", run_folder, *SAMPLE, "--output-dir", file]),
         (image_generator.main, ["--ckpt", run_folder, "--output-dir", file]),
-        (evaluator.main, [image_folder, image_folder, "--features", "pixels", "--json", file / "scores.json"]),
+        (
+            evaluator.main,
+            [image_folder, image_folder, "--features", "pixels", "--json", file / "scores.json"],
+        ),
     ):
         assert "choose another place" in fails(main, argv, capsys)
     scores = [image_folder, image_folder, "--features", "pixels", "--json", tmp_path]
     assert f"{tmp_path} is a folder" in fails(evaluator.main, scores, capsys)
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # what the superuser is never told
-    assert "Permission denied" in fails(extract_features.main, [*extract, "--features-path", tmp_path / "out"], capsys)
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: mode != os.W_OK
+    )  # what the superuser is never told
+    assert "Permission denied" in fails(
+        extract_features.main, [*extract, "--features-path", tmp_path / "out"], capsys
+    )
 
 
 def continued(run_folder: Path, features: Path, folder: Path, *more) -> list[str]:
     """The command that goes on with a copy of a run."""
     shutil.copytree(run_folder, folder, dirs_exist_ok=True)
-    return [str(part) for part in (*TRAIN, "--feature-path", features, "--run-dir", folder, "--max-steps", 3, *more)]
+    return [
+        str(part)
+        for part in (
+            *TRAIN,
+            "--feature-path",
+            features,
+            "--run-dir",
+            folder,
+            "--max-steps",
+            3,
+            *more,
+        )
+    ]
 
 
-@pytest.mark.parametrize("change", [["--schedule-sampler", "uniform"], ["--optimizer", "adan-pytorch"]], ids="=".join)
+@pytest.mark.parametrize(
+    "change", [["--schedule-sampler", "uniform"], ["--optimizer", "adan-pytorch"]], ids="=".join
+)
 def test_what_has_no_history_starts_one(change, features, run_folder, tmp_path, capsys):
     argv = continued(run_folder, features, tmp_path / "run", *change)
     assert f"-> {change[1]}" in fails(train_mask_adan.main, argv, capsys)
     assert train_mask_adan.main([*argv, "--allow-config-change"]) == 0
     assert f"-> {change[1]}" in (tmp_path / "run" / "log.txt").read_text()
-    state = json.loads((list_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json").read_text())
+    state = json.loads(
+        (list_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json").read_text()
+    )
     assert state["step"] == 3 and change[1] in state["config"].values()
     again = [*argv[: argv.index("--max-steps")], "--max-steps", "4", *change]
     assert train_mask_adan.main(again) == 0  # the new kind's history is one that can be continued
@@ -233,11 +407,25 @@ def test_what_has_no_history_starts_one(change, features, run_folder, tmp_path, 
 def test_other_features_are_noticed(run_folder, features, image_folder, tmp_path, capsys):
     images = shutil.copytree(image_folder, tmp_path / "images")
     os.rename(images / "cat", images / "cow")
-    extract = ["--data-path", str(images), "--vae", "pixels", "--image-size", "16", "--num-workers", "0", "--global-seed", "5"]
+    extract = [
+        "--data-path",
+        str(images),
+        "--vae",
+        "pixels",
+        "--image-size",
+        "16",
+        "--num-workers",
+        "0",
+        "--global-seed",
+        "5",
+    ]
     extract_features.main([*extract, "--features-path", str(tmp_path / "features"), "--no-flip"])
     argv = continued(run_folder, tmp_path / "features", tmp_path / "run")
     message = fails(train_mask_adan.main, argv, capsys)
-    assert "classes: ['ant', 'bee', 'cat'] -> ['ant', 'bee', 'cow']" in message and "extraction_seed: 0 -> 5" in message
+    assert (
+        "classes: ['ant', 'bee', 'cat'] -> ['ant', 'bee', 'cow']" in message
+        and "extraction_seed: 0 -> 5" in message
+    )
     assert "flips: once -> none" in message
     assert "images_sha256" in message and "count" not in message
     assert train_mask_adan.main([*argv, "--allow-config-change"]) == 0
@@ -246,16 +434,27 @@ def test_other_features_are_noticed(run_folder, features, image_folder, tmp_path
 def test_differences_are_shown_where_they_are():
     names = [f"class {i}" for i in range(1000)]
     assert differences({"classes": names, "n": 1}, {"classes": names, "n": 1}) == ""
-    assert differences({"classes": names}, {"classes": [*names[:7], "owl", *names[8:]]}) == "classes[7]: class 7 -> owl"
-    assert differences({"classes": names}, {"classes": names[:9]}) == "classes: 1000 values -> 9 values"
+    assert (
+        differences({"classes": names}, {"classes": [*names[:7], "owl", *names[8:]]})
+        == "classes[7]: class 7 -> owl"
+    )
+    assert (
+        differences({"classes": names}, {"classes": names[:9]})
+        == "classes: 1000 values -> 9 values"
+    )
     assert differences({"classes": names}, {}) == "classes: 1000 values -> None"
 
 
-def test_a_checkpoint_that_knows_less_of_its_features_is_continued(run_folder, features, tmp_path, capsys):
+def test_a_checkpoint_that_knows_less_of_its_features_is_continued(
+    run_folder, features, tmp_path, capsys
+):
     argv = continued(run_folder, features, tmp_path / "run")
     (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     config = json.loads((checkpoint / "config.json").read_text())
-    config["features"] = {name: config["features"][name] for name in ("image_size", "scaling_factor", "classes", "draw", "vae")}
+    config["features"] = {
+        name: config["features"][name]
+        for name in ("image_size", "scaling_factor", "classes", "draw", "vae")
+    }
     (checkpoint / "config.json").write_text(json.dumps(config))
     (checkpoint / "manifest.json").write_text("{}")
     assert train_mask_adan.main(argv) == 0
@@ -270,8 +469,12 @@ def test_a_run_of_damaged_checkpoints_is_left_alone(run_folder, features, tmp_pa
     os.truncate(checkpoint / "ema.safetensors", 1000)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert "another --run-dir" in fails(train_mask_adan.main, argv, capsys)
-    assert "no whole checkpoint" in fails(image_generator_ddp.main, ["--ckpt", tmp_path / "run", *SAMPLE], capsys)
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before and list_checkpoints(checkpoint.parent) == [checkpoint]
+    assert "no whole checkpoint" in fails(
+        image_generator_ddp.main, ["--ckpt", tmp_path / "run", *SAMPLE], capsys
+    )
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before and list_checkpoints(
+        checkpoint.parent
+    ) == [checkpoint]
 
 
 def test_files_of_another_make_are_named(run_folder, image_folder, tmp_path, capsys):
@@ -279,15 +482,34 @@ def test_files_of_another_make_are_named(run_folder, image_folder, tmp_path, cap
     (tmp_path / "features" / "manifest.json").write_text('{"shards": 3}')
     argv = [*TRAIN, "--feature-path", tmp_path / "features", "--run-dir", tmp_path / "run"]
     assert "features/manifest.json" in fails(train_mask_adan.main, argv, capsys)
-    argv = ["--data-path", image_folder, "--features-path", tmp_path / "features", "--vae", "pixels", "--image-size", 16]
+    argv = [
+        "--data-path",
+        image_folder,
+        "--features-path",
+        tmp_path / "features",
+        "--vae",
+        "pixels",
+        "--image-size",
+        16,
+    ]
     assert "features/manifest.json" in fails(extract_features.main, argv, capsys)
     torch.save({"ema": 5}, tmp_path / "a.pt")
-    assert "a.pt holds no named tensors" in fails(image_generator_ddp.main, ["--ckpt", tmp_path / "a.pt", *SAMPLE], capsys)
+    assert "a.pt holds no named tensors" in fails(
+        image_generator_ddp.main, ["--ckpt", tmp_path / "a.pt", *SAMPLE], capsys
+    )
     torch.save({"model": {}, "opt": {}}, tmp_path / "b.pt")
-    assert "--weights model" in fails(image_generator_ddp.main, ["--ckpt", tmp_path / "b.pt", *SAMPLE], capsys)
-    checkpoint = shutil.copytree(list_checkpoints(run_folder / "checkpoints")[-1], tmp_path / "checkpoint")
+    assert "--weights model" in fails(
+        image_generator_ddp.main, ["--ckpt", tmp_path / "b.pt", *SAMPLE], capsys
+    )
+    checkpoint = shutil.copytree(
+        list_checkpoints(run_folder / "checkpoints")[-1], tmp_path / "checkpoint"
+    )
     (checkpoint / "config.json").write_text("[]")
     assert "config.json" in fails(image_generator_ddp.main, ["--ckpt", checkpoint, *SAMPLE], capsys)
     np.savez(tmp_path / "floats.npz", np.random.default_rng(0).random((4, 8, 8, 3)))
-    message = fails(evaluator.main, [tmp_path / "floats.npz", tmp_path / "floats.npz", "--features", "pixels"], capsys)
+    message = fails(
+        evaluator.main,
+        [tmp_path / "floats.npz", tmp_path / "floats.npz", "--features", "pixels"],
+        capsys,
+    )
     assert "float64" in message and "savez" not in message

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from edt.ema import update_ema
-from edt.errors import UserError
-from edt.optim import create_optimizer, learning_rate
+from edt.training.ema import update_ema
+from edt.training.optim import create_optimizer, learning_rate
+from edt.utils.errors import UserError
 
 GOLDEN = golden_rule.load("adan.npz")
 
@@ -24,18 +24,28 @@ def trajectory(name: str, weight_decay: float):
 
 
 def difference(key: str, step: int, params: list) -> float:
-    return max(np.abs(p.numpy() - GOLDEN[f"{key}.step{step}.{i}"]).max() for i, p in enumerate(params))
+    return max(
+        np.abs(p.numpy() - GOLDEN[f"{key}.step{step}.{i}"]).max() for i, p in enumerate(params)
+    )
 
 
 @pytest.mark.parametrize(("key", "weight_decay"), [("wd0", 0.0), ("wd2e-2", 0.02)])
 def test_adan_is_the_official_one(key, weight_decay):
-    met = {step: difference(key, step, params) for step, params in trajectory("adan", weight_decay) if step in (1, 2, 10, 60)}
+    met = {
+        step: difference(key, step, params)
+        for step, params in trajectory("adan", weight_decay)
+        if step in (1, 2, 10, 60)
+    }
     assert len(met) == 4 and max(met.values()) <= 1e-6
 
 
 def test_a_step_called_off_leaves_no_trace_even_the_first():
-    gradients = [torch.full((3,), float("nan")), torch.tensor([1.0, -2.0, 0.5]), torch.full((3,), float("inf")),
-                 torch.tensor([0.3, 0.1, -1.0])]  # fmt: skip
+    gradients = [
+        torch.full((3,), float("nan")),
+        torch.tensor([1.0, -2.0, 0.5]),
+        torch.full((3,), float("inf")),
+        torch.tensor([0.3, 0.1, -1.0]),
+    ]
 
     def run(gradients):
         p, average = torch.nn.Parameter(torch.ones(3)), torch.zeros(3)
@@ -43,10 +53,15 @@ def test_a_step_called_off_leaves_no_trace_even_the_first():
         for gradient in gradients:
             p.grad = gradient
             optimizer.step(apply=gradient.isfinite().all(), averages=[average], average_decay=0.9)
-        return [p.detach(), average, *optimizer.state[p].values()], optimizer.param_groups[0]["step"]
+        return [p.detach(), average, *optimizer.state[p].values()], optimizer.param_groups[0][
+            "step"
+        ]
 
     (all_of_them, steps), (finite_only, fewer) = run(gradients), run([gradients[1], gradients[3]])
-    assert all(torch.equal(*pair) for pair in zip(all_of_them, finite_only, strict=True)) and steps == fewer == 2
+    assert (
+        all(torch.equal(*pair) for pair in zip(all_of_them, finite_only, strict=True))
+        and steps == fewer == 2
+    )
     assert not torch.equal(all_of_them[0], torch.ones(3)) and all_of_them[1].any()
 
 
@@ -73,7 +88,11 @@ def test_adan_pytorch_differs_by_what_its_help_says(caplog):
 def test_learning_rate():
     assert learning_rate(0, 1e-3, 400_000) == 1e-3
     assert learning_rate(200_000, 1e-3, 400_000) == pytest.approx((1e-3 + 5e-5) / 2)
-    assert learning_rate(400_000, 1e-3, 400_000) == learning_rate(900_000, 1e-3, 400_000) == pytest.approx(5e-5)
+    assert (
+        learning_rate(400_000, 1e-3, 400_000)
+        == learning_rate(900_000, 1e-3, 400_000)
+        == pytest.approx(5e-5)
+    )
     assert learning_rate(7, 1e-5, 10) == 1e-5  # below the final rate: constant
     with pytest.raises(UserError, match="adamw"):
         create_optimizer("adamw", [torch.nn.Parameter(torch.zeros(1))], 1e-3)

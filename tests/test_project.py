@@ -16,11 +16,23 @@ import image_generator
 import image_generator_ddp
 import train_mask_adan
 
-# Who may import whom: a module imports from the rows above its own only. Packages count as one module.
+# Who may import whom: a module imports from the rows above its own only. Packages count as one
+# module.
 LAYERS = [
     {"errors"},
     {"files", "precision", "attention_triton"},
-    {"images", "amm", "attention", "masking", "randomness", "ema", "grids", "plots", "classes", "metrics"},
+    {
+        "images",
+        "amm",
+        "attention",
+        "masking",
+        "randomness",
+        "ema",
+        "grids",
+        "plots",
+        "classes",
+        "metrics",
+    },
     {"layers", "diffusion", "optim", "vae"},
     {"models", "features"},
     {"checkpoint", "draws", "extraction", "compilation"},
@@ -31,7 +43,14 @@ LAYERS = [
 # "metrics" stands alone but for these leaves: it can be used without the rest.
 ALONE = {"metrics": {"errors", "files"}}
 SCRIPTS = {
-    script.__name__: script for script in (train_mask_adan, extract_features, image_generator_ddp, image_generator, evaluator)
+    script.__name__: script
+    for script in (
+        train_mask_adan,
+        extract_features,
+        image_generator_ddp,
+        image_generator,
+        evaluator,
+    )
 }
 
 
@@ -39,12 +58,18 @@ def imported(path: Path) -> set[str]:
     """Modules (or packages) of edt that a file imports, inside functions too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("edt."):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.level == 0
+            and (node.module or "").startswith("edt.")
+        ):
             names.add(node.module.split(".")[1])
         elif isinstance(node, ast.ImportFrom) and node.module == "edt":
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("edt.")}
+            names |= {
+                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("edt.")
+            }
         assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
     return names
 
@@ -71,7 +96,9 @@ def test_the_library_neither_prints_nor_unpickles():
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
                 options = {option.arg: ast.unparse(option.value) for option in node.keywords}
-                assert not (name == "print" and "stderr" not in ast.unparse(node)), f"{path}:{node.lineno}"
+                assert not (name == "print" and "stderr" not in ast.unparse(node)), (
+                    f"{path}:{node.lineno}"
+                )
                 if name == "torch.load":
                     assert options["weights_only"] == "True", f"{path}:{node.lineno}"
                 if name == "np.load":
@@ -84,7 +111,17 @@ def test_environment_and_pyproject_name_the_same_packages():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert sorted(conda[-1]["pip"]) == sorted(wanted)
     named = {re.split("[<>=]", package)[0] for package in wanted}
-    assert named >= {"torch", "torchvision", "timm", "diffusers", "accelerate", "adan-pytorch", "numpy", "scipy", "tensorflow"}
+    assert named >= {
+        "torch",
+        "torchvision",
+        "timm",
+        "diffusers",
+        "accelerate",
+        "adan-pytorch",
+        "numpy",
+        "scipy",
+        "tensorflow",
+    }
 
 
 def readme_commands() -> list[str]:
@@ -93,7 +130,9 @@ def readme_commands() -> list[str]:
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         blocks += re.findall(r"```(?:bash|sh|shell)\n(.*?)```", path.read_text(), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [
+        line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")
+    ]
 
 
 @pytest.mark.parametrize("command", readme_commands())
@@ -101,7 +140,10 @@ def test_every_documented_command_is_one_that_works(command):
     words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
     scripts = [i for i, word in enumerate(words) if word.endswith(".py") and (ROOT / word).exists()]
     if words[0] == "make":
-        assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in words[1:])
+        assert all(
+            re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            for target in words[1:]
+        )
     elif scripts and Path(words[scripts[0]]).stem in SCRIPTS:
         assert words[0] in ("python", "torchrun", "accelerate")
         script = SCRIPTS[Path(words[scripts[0]]).stem]
@@ -110,5 +152,7 @@ def test_every_documented_command_is_one_that_works(command):
     elif scripts:
         assert words[0] == "python"
     else:
-        assert words[0] in ("git", "cd", "pip", "conda", "curl"), f"README names an unknown command: {command}"
+        assert words[0] in ("git", "cd", "pip", "conda", "curl"), (
+            f"README names an unknown command: {command}"
+        )
     assert not [word for word in words if word.endswith(".py") and not (ROOT / word).exists()]

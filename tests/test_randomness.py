@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 
-from edt.randomness import epoch_order, generator, integers, normal
+from edt.utils.randomness import epoch_order, generator, integers, normal
 
 
 def test_a_generator_is_a_function_of_seed_stream_and_step():
@@ -26,13 +26,19 @@ def test_noise_of_an_image_depends_on_its_index_only():
 def test_noise_is_normal_and_uncorrelated():
     noise = normal(0, "noise", 0, torch.arange(400), (1024,), "cpu")
     assert kstest(noise.flatten().numpy(), "norm").pvalue > 0.01
-    assert kstest(noise[:, 0].numpy(), "norm").pvalue > 0.01 and kstest(noise[0].numpy(), "norm").pvalue > 0.01
+    assert (
+        kstest(noise[:, 0].numpy(), "norm").pvalue > 0.01
+        and kstest(noise[0].numpy(), "norm").pvalue > 0.01
+    )
     for correlation in (torch.corrcoef(noise), torch.corrcoef(noise[:, ::4].T)):
         off = correlation - torch.eye(len(correlation))
         bound = 6 / (1024 if len(off) == 400 else 400) ** 0.5
         assert off.abs().max() < bound
     after = normal(0, "noise", 1, torch.arange(400), (1024,), "cpu")
-    assert abs(torch.corrcoef(torch.stack([noise.flatten(), after.flatten()]))[0, 1]) < 6 / noise.numel() ** 0.5
+    assert (
+        abs(torch.corrcoef(torch.stack([noise.flatten(), after.flatten()]))[0, 1])
+        < 6 / noise.numel() ** 0.5
+    )
 
 
 def test_integers_are_uniform():

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from edt.checkpoint import build
-from edt.errors import UserError
-from edt.npz import SampleArchive
-from edt.precision import round_weights
-from edt.sampling import Recipe, generate
-from edt.vae import PixelVAE, load_vae, to_uint8
+from edt.checkpoints.folder import build
+from edt.data.vae import PixelVAE, load_vae, to_uint8
+from edt.nn.precision import round_weights
+from edt.sampling.generate import Recipe, generate
+from edt.sampling.npz_writer import SampleArchive
+from edt.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -21,25 +21,36 @@ def model():
 
 def draw(model, recipe: Recipe, indices: list[int], batch_size: int) -> dict:
     batches = generate(model, PixelVAE(), recipe, torch.tensor(indices), batch_size)
-    return {int(i): (image, int(label)) for batch in batches for i, image, label in zip(*batch, strict=True)}
+    return {
+        int(i): (image, int(label))
+        for batch in batches
+        for i, image, label in zip(*batch, strict=True)
+    }
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
 def test_an_image_depends_on_its_index_only(model, solver):
     recipe = Recipe(seed=3, num_sampling_steps="5", solver=solver, cfg_scale=1.5)
-    together, apart = draw(model, recipe, [0, 1, 2, 3, 4, 5, 6], 4), draw(model, recipe, [6, 2, 5], 2)
+    together, apart = (
+        draw(model, recipe, [0, 1, 2, 3, 4, 5, 6], 4),
+        draw(model, recipe, [6, 2, 5], 2),
+    )
     for index, (image, label) in apart.items():
         assert label == together[index][1]
         difference = (image.int() - together[index][0].int()).abs()
         assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
-    other = draw(model, Recipe(seed=4, num_sampling_steps="5", solver=solver, cfg_scale=1.5), [0], 1)
+    other = draw(
+        model, Recipe(seed=4, num_sampling_steps="5", solver=solver, cfg_scale=1.5), [0], 1
+    )
     assert not torch.equal(other[0][0], together[0][0])
 
 
 def test_labels():
     indices = torch.arange(1000)
     uniform = Recipe(labels="uniform").labels_of(indices, 10)
-    assert set(uniform.tolist()) == set(range(10)) and len(set(torch.bincount(uniform).tolist())) > 1
+    assert (
+        set(uniform.tolist()) == set(range(10)) and len(set(torch.bincount(uniform).tolist())) > 1
+    )
     assert torch.equal(Recipe(labels="uniform").labels_of(indices[500:], 10), uniform[500:])
     assert Recipe(labels="balanced").labels_of(indices, 10).bincount().tolist() == [100] * 10
     assert Recipe(labels="7,2").labels_of(indices[:4], 10).tolist() == [7, 2, 7, 2]
@@ -50,7 +61,13 @@ def test_labels():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"cfg_scale": 0.5}, {"cfg_scale": float("nan")}, {"solver": "euler"}, {"num_sampling_steps": "0"}]
+    "wrong",
+    [
+        {"cfg_scale": 0.5},
+        {"cfg_scale": float("nan")},
+        {"solver": "euler"},
+        {"num_sampling_steps": "0"},
+    ],
 )
 def test_impossible_recipes_are_refused(wrong):
     with pytest.raises(UserError):
@@ -72,7 +89,10 @@ def test_rounded_weights_draw_the_same_images(model):
     drawn = [draw(one, recipe, [0, 1, 2], 3) for one in (model, rounded)]
     assert all(torch.equal(drawn[0][i][0], drawn[1][i][0]) for i in range(3))
     kinds = {name: p.dtype for name, p in rounded.named_parameters()}
-    assert kinds["blocks.0.mlp.fc1.weight"] == torch.bfloat16 and kinds["final_layer.linear.weight"] == torch.float32
+    assert (
+        kinds["blocks.0.mlp.fc1.weight"] == torch.bfloat16
+        and kinds["final_layer.linear.weight"] == torch.float32
+    )
 
 
 def test_bytes_are_adms():
@@ -89,8 +109,12 @@ def test_sd_vae_form(tmp_path):
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, down_block_types=["DownEncoderBlock2D"] * 4,
-                  up_block_types=["UpDecoderBlock2D"] * 4).save_pretrained(tmp_path)  # fmt: skip
+    AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+    ).save_pretrained(tmp_path)
     vae = load_vae(str(tmp_path))
     assert (vae.channels, vae.downsampling, vae.scaling_factor) == (4, 8, 0.18215)
     images = golden_rule.normal(0, 2, 3, 32, 32).clamp(-1, 1)
@@ -99,12 +123,18 @@ def test_sd_vae_form(tmp_path):
     torch.testing.assert_close(latents, 0.18215 * posterior.mean)
     torch.testing.assert_close(deviation, 0.18215 * posterior.std)
     assert vae.sha256 == load_vae(str(tmp_path)).sha256 and len(vae.sha256) == 64
-    torch.testing.assert_close(vae.decode(latents), vae.autoencoder.decode(latents / 0.18215).sample)
+    torch.testing.assert_close(
+        vae.decode(latents), vae.autoencoder.decode(latents / 0.18215).sample
+    )
     many = latents.repeat(20, 1, 1, 1)  # more than it decodes at once
     torch.testing.assert_close(vae.decode(many)[-2:], vae.decode(latents))
     rounded = load_vae(str(tmp_path), dtype=torch.bfloat16)
     decoded = rounded.decode(latents)
-    assert decoded.dtype == torch.float32 and rounded.sha256 == vae.sha256 and not torch.equal(decoded, vae.decode(latents))
+    assert (
+        decoded.dtype == torch.float32
+        and rounded.sha256 == vae.sha256
+        and not torch.equal(decoded, vae.decode(latents))
+    )
     assert (decoded - vae.decode(latents)).norm() < 0.05 * vae.decode(latents).norm()
 
 
@@ -117,7 +147,9 @@ def test_archive_is_an_npz_whoever_fills_it(tmp_path):
     first.write(np.arange(0, 23, 2), images[::2])
     assert not first.finish() and not first.path.exists()
     assert second.missing().tolist() == list(range(1, 23, 2))
-    assert all(np.array_equal(a, b) for a, b in zip(second.read([4, 0]), images[[4, 0]], strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(second.read([4, 0]), images[[4, 0]], strict=True)
+    )
     second.write(np.arange(1, 23, 2), images[1::2])
     assert second.finish() and first.finish()
     assert first.path.name == "samples_23x4x5x3.npz"
@@ -135,7 +167,12 @@ def test_archive_is_an_npz_whoever_fills_it(tmp_path):
 
 @pytest.mark.slow
 def test_archive_of_more_than_four_gib(tmp_path):
-    shape = (30_000, 256, 200, 3)  # 4.3 GiB, never written: room for it is all that is asked of the disk
+    shape = (
+        30_000,
+        256,
+        200,
+        3,
+    )  # 4.3 GiB, never written: room for it is all that is asked of the disk
     archive = SampleArchive(tmp_path, shape)
     archive.open()
     archive.write(np.array([29_999]), np.full((1, 256, 200, 3), 7, np.uint8))
@@ -143,7 +180,9 @@ def test_archive_of_more_than_four_gib(tmp_path):
     assert archive.finish()
     with zipfile.ZipFile(archive.path) as file, file.open("arr_0.npy") as member:
         assert member._orig_file_size == archive._end - archive._npy_offset > 1 << 32
-    assert (np.load(archive.path, mmap_mode="r") is not None) and archive.path.stat().st_size > 1 << 32
+    assert (
+        np.load(archive.path, mmap_mode="r") is not None
+    ) and archive.path.stat().st_size > 1 << 32
     archive.path.unlink()
 
 

@@ -20,8 +20,23 @@ COUNT = 24
 
 
 def command(trained: Path, out: Path, *more) -> list[str]:
-    argv = ["image_generator_ddp.py", "--ckpt", trained, "--num-images", COUNT, "--num-sampling-steps", "10", "--cfg-scale", "1.5",
-            "--precision", "fp32", "--amm", "--output-dir", out, *more]  # fmt: skip
+    argv = [
+        "image_generator_ddp.py",
+        "--ckpt",
+        trained,
+        "--num-images",
+        COUNT,
+        "--num-sampling-steps",
+        "10",
+        "--cfg-scale",
+        "1.5",
+        "--precision",
+        "fp32",
+        "--amm",
+        "--output-dir",
+        out,
+        *more,
+    ]
     return [str(part) for part in argv]
 
 
@@ -53,8 +68,13 @@ def kill_after(argv: list[str], out: Path, images: int) -> None:
     """Start a run and SIGKILL it once it has stored ``images`` more."""
     wanted = finished_in(out) + images
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *argv],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while finished_in(out) < wanted:
         assert process.poll() is None
         time.sleep(0.01)
@@ -72,18 +92,35 @@ def whole(trained, tmp_path_factory) -> tuple[np.ndarray, np.ndarray, dict]:
     """One process, batches of 8."""
     argv = command(trained, tmp_path_factory.mktemp("whole"), "--per-proc-batch-size", 8)
     done = run_script(sys.executable, *argv)
-    assert "24/24" in done.stderr and "images/s]" in done.stderr  # the bar shows progress, time left and images/s
+    assert (
+        "24/24" in done.stderr and "images/s]" in done.stderr
+    )  # the bar shows progress, time left and images/s
     assert done.returncode == 0, done.stderr
     return samples(done.stdout)
 
 
 def test_the_images_are_those_of_the_recipe(whole):
     images, labels, recipe = whole
-    assert len(np.unique(images.reshape(COUNT, -1), axis=0)) == COUNT and images.std() > 1 and labels.shape == (COUNT,)
+    assert (
+        len(np.unique(images.reshape(COUNT, -1), axis=0)) == COUNT
+        and images.std() > 1
+        and labels.shape == (COUNT,)
+    )
     assert recipe["amm"] == {"blocks": [4, 6], "form": "256", "radii": [13**0.5, 53**0.5]}
-    wanted = {"seed": 42, "solver": "ddpm", "num_sampling_steps": "10", "cfg_scale": 1.5, "cfg_channels": "3",
-              "cfg_interval": None, "labels": "uniform", "precision": "fp32", "weights": "ema", "vae": "pixels",
-              "vae_sha256": None, "image_size": 16}  # fmt: skip
+    wanted = {
+        "seed": 42,
+        "solver": "ddpm",
+        "num_sampling_steps": "10",
+        "cfg_scale": 1.5,
+        "cfg_channels": "3",
+        "cfg_interval": None,
+        "labels": "uniform",
+        "precision": "fp32",
+        "weights": "ema",
+        "vae": "pixels",
+        "vae_sha256": None,
+        "image_size": 16,
+    }
     assert {name: recipe[name] for name in wanted} == wanted
     assert len(recipe["weights_sha256"]) == 64 and recipe["model"]["depths"] == [1, 1, 1, 2, 2]
     assert set(recipe["versions"]) == {"python", "edt", "torch", "diffusers"}
@@ -91,7 +128,9 @@ def test_the_images_are_those_of_the_recipe(whole):
 
 @pytest.mark.slow
 def test_two_processes_draw_the_same(whole, trained, tmp_path):
-    images, labels, recipe = samples(finish(command(trained, tmp_path, "--per-proc-batch-size", 5), TORCHRUN))
+    images, labels, recipe = samples(
+        finish(command(trained, tmp_path, "--per-proc-batch-size", 5), TORCHRUN)
+    )
     assert equal(images, whole[0]) and np.array_equal(labels, whole[1]) and recipe == whole[2]
 
 
@@ -108,7 +147,14 @@ def test_a_run_killed_three_times_draws_the_same(whole, trained, tmp_path):
 def test_writing_samples_takes_no_memory_for_those_written():
     """200 MB of images: mapped, they would count as the process's memory."""
     done = run_script(
-        sys.executable, "benchmarks/bench_samples.py", "--num-images", 4000, "--image-size", 128, "--batch-size", 20
+        sys.executable,
+        "benchmarks/bench_samples.py",
+        "--num-images",
+        4000,
+        "--image-size",
+        128,
+        "--batch-size",
+        20,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -142,13 +188,31 @@ def test_a_full_disk_loses_nothing_that_was_finished(whole, trained, tmp_path, c
 
 @pytest.mark.slow
 def test_a_thousand_images_are_sampled_written_and_evaluated(trained, image_folder, tmp_path):
-    argv = command(trained, tmp_path, "--num-images", 1000, "--num-sampling-steps", 5, "--solver", "unipc", "--png",
-                   "--labels", "balanced", "--per-proc-batch-size", 128)  # fmt: skip
+    argv = command(
+        trained,
+        tmp_path,
+        "--num-images",
+        1000,
+        "--num-sampling-steps",
+        5,
+        "--solver",
+        "unipc",
+        "--png",
+        "--labels",
+        "balanced",
+        "--per-proc-batch-size",
+        128,
+    )
     path = Path(finish(argv).strip().splitlines()[-1])
-    assert path.name == "samples_1000x16x16x3.npz" and np.load(path)["arr_0"].shape == (1000, 16, 16, 3)
-    assert {file.name for file in path.parent.iterdir() if file.suffix not in (".png", ".lock")} == {
-        path.name, "labels.npy", "recipe.json"
-    }  # fmt: skip
+    assert path.name == "samples_1000x16x16x3.npz" and np.load(path)["arr_0"].shape == (
+        1000,
+        16,
+        16,
+        3,
+    )
+    assert {
+        file.name for file in path.parent.iterdir() if file.suffix not in (".png", ".lock")
+    } == {path.name, "labels.npy", "recipe.json"}
     assert len(list(path.parent.glob("*.png"))) == 1000
     assert np.bincount(np.load(path.parent / "labels.npy")).tolist() == [334, 333, 333]
     report = tmp_path / "scores.json"

@@ -1,4 +1,6 @@
-"""The scripts as users start them: real processes for each launcher, every other choice in process."""
+"""The scripts as users start them: real processes for each launcher, every other choice in
+process.
+"""
 
 import importlib.util
 import json
@@ -17,8 +19,8 @@ import extract_features
 import image_generator
 import image_generator_ddp
 import train_mask_adan
-from edt.checkpoint import list_checkpoints
-from edt.vae import PixelVAE
+from edt.checkpoints.folder import list_checkpoints
+from edt.data.vae import PixelVAE
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
@@ -35,23 +37,60 @@ def weights(run: Path, which: str = "ema") -> dict:
 @pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["python", "torchrun"])
 def test_extraction(launcher, image_folder, tmp_path):
     layout = "packed" if launcher == TORCHRUN else "npy"
-    common = ["--data-path", image_folder, "--vae", "pixels", "--image-size", 16, "--layout", layout, "--shard-size", 9]
-    done = run_script(*launcher, "extract_features.py", *common, "--features-path", tmp_path / "a", "--num-workers", 1,
-                      "--batch-size", 4)  # fmt: skip
+    common = [
+        "--data-path",
+        image_folder,
+        "--vae",
+        "pixels",
+        "--image-size",
+        16,
+        "--layout",
+        layout,
+        "--shard-size",
+        9,
+    ]
+    done = run_script(
+        *launcher,
+        "extract_features.py",
+        *common,
+        "--features-path",
+        tmp_path / "a",
+        "--num-workers",
+        1,
+        "--batch-size",
+        4,
+    )
     assert done.returncode == 0, done.stderr
-    extract_features.main([str(part) for part in [*common, "--features-path", tmp_path / "b", "--num-workers", 0]])
+    extract_features.main(
+        [str(part) for part in [*common, "--features-path", tmp_path / "b", "--num-workers", 0]]
+    )
     found, expected = (
-        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+        {
+            path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*.*")
+            if path.is_file()
+        }
         for folder in (tmp_path / "a", tmp_path / "b")
     )
     assert found == expected
     assert "40 images of 3 classes" in done.stdout
 
 
-@pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN, ACCELERATE], ids=["python", "torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher", [(sys.executable,), TORCHRUN, ACCELERATE], ids=["python", "torchrun", "accelerate"]
+)
 def test_training(launcher, features, run_folder, tmp_path):
-    done = run_script(*launcher, "train_mask_adan.py", *TRAIN, "--features-path", features, "--results-dir", tmp_path,
-                      "--max-steps", 2)  # fmt: skip
+    done = run_script(
+        *launcher,
+        "train_mask_adan.py",
+        *TRAIN,
+        "--features-path",
+        features,
+        "--results-dir",
+        tmp_path,
+        "--max-steps",
+        2,
+    )
     run = tmp_path / "000-EDT-Tiny-2"
     assert done.returncode == 0 or (run / "checkpoints" / "0000002").is_dir(), done.stderr
     for row, expected in zip(metrics(run), metrics(run_folder), strict=True):
@@ -63,12 +102,25 @@ def test_training(launcher, features, run_folder, tmp_path):
 
 @pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["python", "torchrun"])
 def test_sampling(launcher, trained, tmp_path, capsys):
-    done = run_script(*launcher, "image_generator_ddp.py", *SAMPLE, "--ckpt", trained, "--per-proc-batch-size", 2,
-                      "--output-dir", tmp_path / "a", "--amm", "True")  # fmt: skip
+    done = run_script(
+        *launcher,
+        "image_generator_ddp.py",
+        *SAMPLE,
+        "--ckpt",
+        trained,
+        "--per-proc-batch-size",
+        2,
+        "--output-dir",
+        tmp_path / "a",
+        "--amm",
+        "True",
+    )
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.strip().splitlines()[-1])
     assert path.name == "samples_7x16x16x3.npz" and path.parent.name.endswith("-amm-4-6")
-    image_generator_ddp.main([*SAMPLE, "--ckpt", str(trained), "--output-dir", str(tmp_path / "b"), "--amm"])
+    image_generator_ddp.main(
+        [*SAMPLE, "--ckpt", str(trained), "--output-dir", str(tmp_path / "b"), "--amm"]
+    )
     other = Path(capsys.readouterr().out.strip().splitlines()[-1])
     a, b = (np.load(file)["arr_0"].astype(int) for file in (path, other))
     assert a.shape == (7, 16, 16, 3) and a.std() > 1
@@ -80,15 +132,33 @@ def test_sampling(launcher, trained, tmp_path, capsys):
 
 
 def test_class_images(trained, tmp_path):
-    done = run_script(sys.executable, "image_generator.py", "--ckpt", trained, "--num-sampling-steps", 2, "--classes", "Cat", 0,
-                      "--num-variations", 3, "--output-dir", tmp_path)  # fmt: skip
+    done = run_script(
+        sys.executable,
+        "image_generator.py",
+        "--ckpt",
+        trained,
+        "--num-sampling-steps",
+        2,
+        "--classes",
+        "Cat",
+        0,
+        "--num-variations",
+        3,
+        "--output-dir",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.strip().splitlines()[-1])
-    assert path == tmp_path / "seed1-cfg4.0" / "grid-amm-4-and-without.png" and "rows: 2 cat; 0 ant" in done.stdout
+    assert (
+        path == tmp_path / "seed1-cfg4.0" / "grid-amm-4-and-without.png"
+        and "rows: 2 cat; 0 ant" in done.stdout
+    )
     picture = np.asarray(Image.open(path)).astype(int)
     assert picture.shape == (20 + 2 * (20 + 132), 9 * 130 + 2, 3)
     rows = [picture[top : top + 128, 2:] for top in (42, 42 + 152)]
-    images = np.stack([[row[:, 130 * i : 130 * i + 128] for i in range(9)] for row in rows])[:, :, ::8, ::8]
+    images = np.stack([[row[:, 130 * i : 130 * i + 128] for i in range(9)] for row in rows])[
+        :, :, ::8, ::8
+    ]
     on, off, difference = (images[:, i::3] for i in range(3))
     assert np.abs(on - off).max() > 10 and len(np.unique(on.reshape(6, -1), axis=0)) == 6
     assert np.array_equal(difference, 128 + (on - off) // 2)
@@ -115,12 +185,18 @@ def test_class_images(trained, tmp_path):
 )
 def test_training_choices(choice, features, run_folder, tmp_path):
     limit = () if "--epochs" in choice else ("--max-steps", "2")
-    assert train_mask_adan.main([*TRAIN, "--feature-path", str(features), "--run-dir", str(tmp_path), *limit, *choice]) == 0
+    assert (
+        train_mask_adan.main(
+            [*TRAIN, "--feature-path", str(features), "--run-dir", str(tmp_path), *limit, *choice]
+        )
+        == 0
+    )
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2] and all(np.isfinite(row["loss"]) for row in rows)
     assert (rows[1]["loss_masked"] == 0) == (choice == ("--masking", "none"))
     assert any(
-        not torch.equal(value, weights(run_folder).get(name, torch.empty(0))) for name, value in weights(tmp_path).items()
+        not torch.equal(value, weights(run_folder).get(name, torch.empty(0)))
+        for name, value in weights(tmp_path).items()
     )
 
 
@@ -143,7 +219,10 @@ def test_training_choices(choice, features, run_folder, tmp_path):
         (("--num-sampling-steps", "ddim5", "--precision", "bf16"), "noamm"),
         (("--num-sampling-steps", "2,1", "--precision", "fp32", "--weights", "model"), "noamm"),
         (("--labels", "balanced", "--png", "--global-seed", "7"), "noamm"),
-        (("--labels", "2,0", "--model", "EDT-Tiny/2", "--vae", "pixels", "--image-size", "16"), "noamm"),
+        (
+            ("--labels", "2,0", "--model", "EDT-Tiny/2", "--vae", "pixels", "--image-size", "16"),
+            "noamm",
+        ),
         (
             (
                 "--model",
@@ -155,7 +234,9 @@ def test_training_choices(choice, features, run_folder, tmp_path):
     ids=" ".join,
 )
 def test_sampling_choices(choice, folder, run_folder, tmp_path, capsys):
-    image_generator_ddp.main(["--ckpt", str(run_folder), *SAMPLE, "--output-dir", str(tmp_path), *choice])
+    image_generator_ddp.main(
+        ["--ckpt", str(run_folder), *SAMPLE, "--output-dir", str(tmp_path), *choice]
+    )
     path = Path(capsys.readouterr().out.strip())
     assert path.parent.name.endswith(folder) and np.load(path)["arr_0"].shape == (7, 16, 16, 3)
     assert len(list(path.parent.glob("*.png"))) == (7 if "--png" in choice else 0)
@@ -169,20 +250,56 @@ def test_sampling_choices(choice, folder, run_folder, tmp_path, capsys):
         (("--amm", "True"), "amm-4"),
         (("--amm", "both"), "amm-4-and-without"),
         (("--amm-blocks", "0"), "amm-0-and-without"),
-        (("--classes", "bee", "--solver", "unipc", "--cfg-channels", "all", "--cfg-interval", "0", "500"), "amm-4-and-without"),
+        (
+            (
+                "--classes",
+                "bee",
+                "--solver",
+                "unipc",
+                "--cfg-channels",
+                "all",
+                "--cfg-interval",
+                "0",
+                "500",
+            ),
+            "amm-4-and-without",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
 def test_class_image_choices(choice, name, run_folder, tmp_path):
-    image_generator.main(["--ckpt", str(run_folder), "--num-sampling-steps", "2", "--num-variations", "1", "--output-dir",
-                          str(tmp_path), *choice])  # fmt: skip
+    image_generator.main(
+        [
+            "--ckpt",
+            str(run_folder),
+            "--num-sampling-steps",
+            "2",
+            "--num-variations",
+            "1",
+            "--output-dir",
+            str(tmp_path),
+            *choice,
+        ]
+    )
     assert [path.name for path in tmp_path.rglob("*.png")] == [f"grid-{name}.png"]
 
 
 def test_the_same_command_continues_and_ends_where_an_uninterrupted_run_does(features, tmp_path):
     def train(run, steps, *more):
-        return train_mask_adan.main([*TRAIN, "--feature-path", str(features), "--run-dir", str(tmp_path / run), "--max-steps",
-                                     str(steps), "--global-batch-size", "12", *more])  # fmt: skip
+        return train_mask_adan.main(
+            [
+                *TRAIN,
+                "--feature-path",
+                str(features),
+                "--run-dir",
+                str(tmp_path / run),
+                "--max-steps",
+                str(steps),
+                "--global-batch-size",
+                "12",
+                *more,
+            ]
+        )
 
     train("whole", 6)  # three steps an epoch
     train("parts", 2)
@@ -193,42 +310,94 @@ def test_the_same_command_continues_and_ends_where_an_uninterrupted_run_does(fea
         assert a["loss"] == b["loss"] and a["lr"] == b["lr"]
     for which in ("model", "ema", "optimizer", "sampler"):
         expected, found = weights(tmp_path / "whole", which), weights(tmp_path / "parts", which)
-        assert expected.keys() == found.keys() and all(torch.equal(value, found[name]) for name, value in expected.items())
+        assert expected.keys() == found.keys() and all(
+            torch.equal(value, found[name]) for name, value in expected.items()
+        )
     train("other", 3)
     train("from-a-path", 4, "--resume", str(tmp_path / "whole" / "checkpoints" / "0000006"))
     train("by-step", 1)
-    shutil.copytree(tmp_path / "whole" / "checkpoints" / "0000006", tmp_path / "by-step" / "checkpoints" / "0000006")
+    shutil.copytree(
+        tmp_path / "whole" / "checkpoints" / "0000006",
+        tmp_path / "by-step" / "checkpoints" / "0000006",
+    )
     train("by-step", 2, "--resume-step", "1")
     assert metrics(tmp_path / "by-step")[-1]["step"] == 2
 
 
 def test_fine_tuning_takes_what_fits(features, run_folder, tmp_path):
-    argv = [*TRAIN, "--feature-path", str(features), "--max-steps", "1", "--num-classes", "7", "--init-lr", "1e-9",
-            "--lr-steps", "1", "--sample-every", "1"]  # fmt: skip
-    assert train_mask_adan.main([*argv, "--run-dir", str(tmp_path / "tuned"), "--init-from", str(run_folder)]) == 0
+    argv = [
+        *TRAIN,
+        "--feature-path",
+        str(features),
+        "--max-steps",
+        "1",
+        "--num-classes",
+        "7",
+        "--init-lr",
+        "1e-9",
+        "--lr-steps",
+        "1",
+        "--sample-every",
+        "1",
+    ]
+    assert (
+        train_mask_adan.main(
+            [*argv, "--run-dir", str(tmp_path / "tuned"), "--init-from", str(run_folder)]
+        )
+        == 0
+    )
     before, after = weights(run_folder), weights(tmp_path / "tuned")
     assert after["y_embedder.embedding_table.weight"].shape[0] == 8
-    torch.testing.assert_close(after["y_embedder.embedding_table.weight"][-1], before["y_embedder.embedding_table.weight"][-1])
+    torch.testing.assert_close(
+        after["y_embedder.embedding_table.weight"][-1],
+        before["y_embedder.embedding_table.weight"][-1],
+    )
     for name in set(before) - {"y_embedder.embedding_table.weight"}:
         torch.testing.assert_close(after[name], before[name], msg=name)
     log = (tmp_path / "tuned" / "log.txt").read_text()
-    assert "1 parameters resized: y_embedder.embedding_table.weight" in log and "0 parameters new" in log
-    assert np.asarray(Image.open(tmp_path / "tuned" / "samples" / "0000001.png")).shape == (4 * 18 + 2, 8 * 18 + 2, 3)
+    assert (
+        "1 parameters resized: y_embedder.embedding_table.weight" in log
+        and "0 parameters new" in log
+    )
+    assert np.asarray(Image.open(tmp_path / "tuned" / "samples" / "0000001.png")).shape == (
+        4 * 18 + 2,
+        8 * 18 + 2,
+        3,
+    )
 
 
 def test_tracker(features, tmp_path, capsys):
-    argv = [*TRAIN, "--feature-path", str(features), "--run-dir", str(tmp_path / "run"), "--max-steps", "1", "--tracker",
-            "tensorboard"]  # fmt: skip
+    argv = [
+        *TRAIN,
+        "--feature-path",
+        str(features),
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--max-steps",
+        "1",
+        "--tracker",
+        "tensorboard",
+    ]
     if importlib.util.find_spec("tensorboard") is None:
         assert "pip install tensorboard" in fails(train_mask_adan.main, argv, capsys)
         assert not (tmp_path / "run").exists()
     else:
         assert train_mask_adan.main(argv) == 0
-        assert any(path.stat().st_size > 100 for path in (tmp_path / "run").rglob("events.out.tfevents.*"))
+        assert any(
+            path.stat().st_size > 100 for path in (tmp_path / "run").rglob("events.out.tfevents.*")
+        )
 
 
 def test_sampling_again_draws_only_what_is_missing(trained, tmp_path, capsys, monkeypatch):
-    argv = ["--ckpt", str(trained), *SAMPLE, "--output-dir", str(tmp_path), "--per-proc-batch-size", "2"]
+    argv = [
+        "--ckpt",
+        str(trained),
+        *SAMPLE,
+        "--output-dir",
+        str(tmp_path),
+        "--per-proc-batch-size",
+        "2",
+    ]
     image_generator_ddp.main([*argv[:-4], "--output-dir", str(tmp_path / "whole")])
     whole = np.load(capsys.readouterr().out.strip())["arr_0"].astype(int)
     decode, calls = PixelVAE.decode, []

@@ -1,4 +1,6 @@
-"""Solvers and guidance against closed forms: for Gaussian data the best noise prediction and the exact flow are known."""
+"""Solvers and guidance against closed forms: for Gaussian data the best noise prediction and the
+exact flow are known.
+"""
 
 import math
 
@@ -7,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from edt.checkpoint import build
+from edt.checkpoints.folder import build
 from edt.diffusion import FEW_STEP_SOLVERS, FewStepSolver, create_diffusion
-from edt.errors import UserError
 from edt.models import EDT, EDT_models
-from edt.randomness import normal
-from edt.sampling import Recipe, sample_latents
+from edt.sampling.generate import Recipe, sample_latents
+from edt.utils.errors import UserError
+from edt.utils.randomness import normal
 
 ALPHA_BAR = create_diffusion().tables["alphas_cumprod"]
 STD = 0.5  # of the data
@@ -21,18 +23,26 @@ STD = 0.5  # of the data
 def best_noise(x: torch.Tensor, timestep: int, mean: torch.Tensor | float) -> torch.Tensor:
     """The best prediction of the noise in x for data N(mean, STD^2)."""
     alpha_bar = ALPHA_BAR[timestep]
-    return (x - math.sqrt(alpha_bar) * mean) * math.sqrt(1 - alpha_bar) / (alpha_bar * STD**2 + 1 - alpha_bar)
+    return (
+        (x - math.sqrt(alpha_bar) * mean)
+        * math.sqrt(1 - alpha_bar)
+        / (alpha_bar * STD**2 + 1 - alpha_bar)
+    )
 
 
 def flow(x: torch.Tensor, start: int, end: int | None, mean: torch.Tensor | float) -> torch.Tensor:
-    """Where the probability-flow ODE of data N(mean, STD^2) carries x from one timestep to another, or to clean data."""
+    """Where the probability-flow ODE of data N(mean, STD^2) carries x from one timestep to another,
+    or to clean data.
+    """
     a, b = ALPHA_BAR[start], 1.0 if end is None else ALPHA_BAR[end]
     deviation = (x - math.sqrt(a) * mean) / math.sqrt(a * STD**2 + 1 - a)
     return math.sqrt(b) * mean + math.sqrt(b * STD**2 + 1 - b) * deviation
 
 
 class GaussianEDT(EDT):
-    """An EDT whose data of class y is N(MEANS[y], STD^2), learned perfectly. Notes the rows of each forward."""
+    """An EDT whose data of class y is N(MEANS[y], STD^2), learned perfectly. Notes the rows of each
+    forward.
+    """
 
     MEANS = torch.tensor([0.7, -0.4, 0.1])  # the last without a class
 
@@ -99,19 +109,29 @@ def test_one_step_returns_the_predicted_clean_latent(solver):
 
 
 @pytest.mark.parametrize("solver", FEW_STEP_SOLVERS)
-@pytest.mark.parametrize("steps", ["10,15,25", "ddim50", "", "0", "-1", "1000", "1001", "2.5", "ten"])
+@pytest.mark.parametrize(
+    "steps", ["10,15,25", "ddim50", "", "0", "-1", "1000", "1001", "2.5", "ten"]
+)
 def test_impossible_steps_are_refused(solver, steps):
     with pytest.raises(UserError, match="--solver"):
         Recipe(solver=solver, num_sampling_steps=steps)
 
 
-@pytest.mark.parametrize(("solver", "steps"), [("ddim", "1000"), ("dpm++", "250"), ("unipc", "250")])
+@pytest.mark.parametrize(
+    ("solver", "steps"), [("ddim", "1000"), ("dpm++", "250"), ("unipc", "250")]
+)
 @pytest.mark.parametrize(("channels", "guided"), [("3", 3), ("all", 4)])
 def test_guided_flow_is_that_of_the_shifted_data(gaussian, solver, steps, channels, guided):
-    """Noise predictions are linear in the mean, so guidance samples N(m_u + s (m_c - m_u), STD^2)."""
-    x, out = draw(gaussian, solver=solver, num_sampling_steps=steps, cfg_scale=3.0, cfg_channels=channels)
+    """Noise predictions are linear in the mean, so guidance samples N(m_u + s (m_c - m_u),
+    STD^2).
+    """
+    x, out = draw(
+        gaussian, solver=solver, num_sampling_steps=steps, cfg_scale=3.0, cfg_channels=channels
+    )
     shifted = 0.1 + 3 * (-0.4 - 0.1)
-    means = torch.tensor([shifted if channel < guided else -0.4 for channel in range(4)]).view(4, 1, 1)
+    means = torch.tensor([shifted if channel < guided else -0.4 for channel in range(4)]).view(
+        4, 1, 1
+    )
     torch.testing.assert_close(out, flow(x, 999, None, means), rtol=0, atol=0.01)
 
 
@@ -124,11 +144,20 @@ def test_guided_ancestral_samples_are_those_of_the_shifted_data(gaussian):
 
 @pytest.mark.parametrize("solver", ["ddim", "unipc"])
 def test_guidance_acts_inside_its_interval_only(gaussian, solver):
-    x, out = draw(gaussian, solver=solver, num_sampling_steps="500", cfg_scale=3.0, cfg_channels="all", cfg_interval=(200, 600))
+    x, out = draw(
+        gaussian,
+        solver=solver,
+        num_sampling_steps="500",
+        cfg_scale=3.0,
+        cfg_channels="all",
+        cfg_interval=(200, 600),
+    )
     shifted = 0.1 + 3 * (-0.4 - 0.1)
     expected = flow(flow(flow(x, 999, 600, -0.4), 600, 200, shifted), 200, None, -0.4)
     torch.testing.assert_close(out, expected, rtol=0, atol=0.03)
-    assert [rows == 6 for rows in gaussian.rows] == [200 <= t <= 600 for t in gaussian.seen] and len(gaussian.rows) == 500
+    assert [rows == 6 for rows in gaussian.rows] == [
+        200 <= t <= 600 for t in gaussian.seen
+    ] and len(gaussian.rows) == 500
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++", "unipc"])
@@ -142,7 +171,9 @@ def test_scale_one_is_the_conditional_model_at_the_cost_of_one_forward(solver):
     assert torch.equal(plain, draw(model, solver=solver, num_sampling_steps="4")[1])
     del model.forward_with_cfg
     rows.clear()
-    outside = draw(model, solver=solver, num_sampling_steps="4", cfg_scale=4.0, cfg_interval=(998, 998))[1]
+    outside = draw(
+        model, solver=solver, num_sampling_steps="4", cfg_scale=4.0, cfg_interval=(998, 998)
+    )[1]
     assert rows == [3] * 4 and torch.equal(outside, plain)
 
 

@@ -1,4 +1,6 @@
-"""The diffusion process: tables, training losses, sampling loops and timestep samplers. Knows no model."""
+"""The diffusion process: tables, training losses, sampling loops and timestep samplers. Knows no
+model.
+"""
 
 from edt.diffusion.gaussian import GaussianDiffusion
 from edt.diffusion.schedule import linear_betas, respaced_timesteps
@@ -20,7 +22,8 @@ __all__ = [
 
 
 def create_diffusion(timestep_respacing: str | int = "") -> GaussianDiffusion:
-    """The process every EDT model is trained with: 1000 linear betas, noise prediction, learned range variance.
+    """The process every EDT model is trained with: 1000 linear betas, noise prediction, learned
+    range variance.
 
     Args:
         timestep_respacing: "" for all 1000 steps (training), "250", "ddim50" or "10,15,25";

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from edt.errors import UserError
+from edt.utils.errors import UserError
 
 
 def linear_betas(steps: int = 1000) -> np.ndarray:
@@ -16,9 +16,9 @@ def respaced_timesteps(spec: str | int, steps: int = 1000) -> list[int]:
     """The timesteps a sampler visits, ascending.
 
     Args:
-        spec: "" or None keeps all; "N" takes N evenly spaced ones, first and last included; "ddimN" the smallest
-            integer stride that gives exactly N; "a,b,c" splits the process into equal sections with a, b and c
-            evenly spaced timesteps.
+        spec: "" or None keeps all; "N" takes N evenly spaced ones, first and last included; "ddimN"
+            the smallest integer stride that gives exactly N; "a,b,c" splits the process into equal
+            sections with a, b and c evenly spaced timesteps.
         steps: length of the full process.
 
     Raises:
@@ -33,22 +33,29 @@ def respaced_timesteps(spec: str | int, steps: int = 1000) -> list[int]:
             strided = (range(0, steps, stride) for stride in range(1, steps + 1))
             chosen = next((list(r) for r in strided if len(r) == wanted), None)
             if chosen is None:
-                raise UserError(f"no integer stride through {steps} timesteps gives {wanted} of them; choose e.g. ddim50")
+                raise UserError(
+                    f"no integer stride through {steps} timesteps gives {wanted} of them; choose e.g. ddim50"
+                )
             return chosen
         counts = [int(part) for part in spec.split(",")]
     except ValueError as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"cannot read sampling steps {spec!r}; give e.g. 250, ddim50 or 10,15,25") from None
+        raise UserError(
+            f"cannot read sampling steps {spec!r}; give e.g. 250, ddim50 or 10,15,25"
+        ) from None
 
     size, larger = divmod(steps, len(counts))
     chosen, start = [], 0
     for section, count in enumerate(counts):
         length = size + (section < larger)
         if not 1 <= count <= length:
-            raise UserError(f"cannot take {count} sampling steps from {length} timesteps; give 1 to {length}")
+            raise UserError(
+                f"cannot take {count} sampling steps from {length} timesteps; give 1 to {length}"
+            )
         stride = (length - 1) / (count - 1) if count > 1 else 1
-        # Summed up, not multiplied: the two differ where a position falls half-way, and the release sums.
+        # Summed up, not multiplied: the two differ where a position falls half-way, and the release
+        # sums.
         positions = itertools.accumulate([stride] * (count - 1), initial=0.0)
         chosen += [start + round(position) for position in positions]
         start += length

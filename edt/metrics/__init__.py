@@ -1,4 +1,5 @@
-"""Scores of generated images, with the numbers of ADM's evaluator: FID, sFID, Inception Score, precision, recall; KID.
+"""Scores of generated images, with the numbers of ADM's evaluator: FID, sFID, Inception Score,
+precision, recall; KID.
 
 The pure functions take arrays: :func:`frechet_distance`, :func:`inception_score`, :func:`kernel_distance`,
 :func:`precision_recall`, :class:`StreamingMoments`. The rest goes from files to scores::

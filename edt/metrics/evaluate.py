@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from edt.errors import UserError
 from edt.metrics.features import FeatureExtractor
 from edt.metrics.frechet import frechet_distance
 from edt.metrics.images import ImageSet
 from edt.metrics.neighbours import Mode, precision_recall
 from edt.metrics.scores import inception_score, kernel_distance
 from edt.metrics.statistics import Source, Statistics, measure
+from edt.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -45,22 +45,31 @@ def evaluate(
     cache_dir: Path | None = None,
     progress: bool = False,
 ) -> dict:
-    """Scores of ``samples`` against ``reference`` (see :func:`compare`), and all that is needed to judge them.
+    """Scores of ``samples`` against ``reference`` (see :func:`compare`), and all that is needed to
+    judge them.
 
     Args:
         pr: arithmetic of precision and recall, by default the extractor's.
         batch_size, cache_dir, progress: see :func:`measure`.
 
     Returns:
-        The scores, then ``features``, ``precision_recall``, ``reference`` and ``samples``; in types that JSON knows.
+        The scores, then ``features``, ``precision_recall``, ``reference`` and ``samples``; in types
+        that JSON knows.
     """
     check_comparable(reference, samples)
     if extractor.name == "inception" and samples.images:
         _warn_about(samples.images)
     sides = {"reference": reference, "samples": samples}
-    measured = {key: measure(side, extractor, batch_size, cache_dir, progress) for key, side in sides.items()}
+    measured = {
+        key: measure(side, extractor, batch_size, cache_dir, progress)
+        for key, side in sides.items()
+    }
     described = {key: _describe(side, measured[key]) for key, side in sides.items()}
-    features = {"name": extractor.name, "backend": extractor.backend, "weights_sha256": extractor.weights_sha256}
+    features = {
+        "name": extractor.name,
+        "backend": extractor.backend,
+        "weights_sha256": extractor.weights_sha256,
+    }
     return {
         **compare(measured["reference"], measured["samples"], extractor, pr),
         "features": features,
@@ -81,13 +90,17 @@ def compare(
     if samples.features is not None and inception:
         scores["inception_score_splits"] = _inception_score_splits(samples.features, extractor)
         scores["inception_score"] = float(np.mean(scores["inception_score_splits"]))
-    scores["fid" if inception else "frechet_distance"] = frechet_distance(*reference.moments, *samples.moments)
+    scores["fid" if inception else "frechet_distance"] = frechet_distance(
+        *reference.moments, *samples.moments
+    )
     if reference.spatial_moments and samples.spatial_moments:
         scores["sfid"] = frechet_distance(*reference.spatial_moments, *samples.spatial_moments)
     if reference.features is not None and samples.features is not None:
         features = reference.features, samples.features
         mode = pr or extractor.default_pr
-        scores["precision"], scores["recall"] = precision_recall(*features, NEIGHBOURS, mode, extractor.device)
+        scores["precision"], scores["recall"] = precision_recall(
+            *features, NEIGHBOURS, mode, extractor.device
+        )
         if inception:
             scores["kid"], scores["kid_std"] = kernel_distance(*features, device=extractor.device)
     return scores
@@ -101,8 +114,13 @@ def _inception_score_splits(features: np.ndarray, extractor: FeatureExtractor) -
 
 def check_comparable(reference: Source, samples: Source) -> None:
     """Raise a :class:`UserError` when the two sides show images of different sizes."""
-    if None not in (reference.resolution, samples.resolution) and reference.resolution != samples.resolution:
-        sizes = " and the samples ".join(f"{w}x{h}" for h, w in (reference.resolution, samples.resolution))
+    if (
+        None not in (reference.resolution, samples.resolution)
+        and reference.resolution != samples.resolution
+    ):
+        sizes = " and the samples ".join(
+            f"{w}x{h}" for h, w in (reference.resolution, samples.resolution)
+        )
         raise UserError(f"the reference has {sizes} pixels; compare images of one size")
 
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from edt.errors import UserError
 from edt.metrics.features import FeatureExtractor, PixelFeatures
 from edt.metrics.inception import InceptionFeatures
 from edt.metrics.inception_tensorflow import TensorFlowInceptionFeatures
 from edt.metrics.inception_weights import find_weights, load_weights
+from edt.utils.errors import UserError
 
 FEATURES = ("inception", "pixels")
 BACKENDS = ("torch", "tensorflow")

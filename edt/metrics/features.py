@@ -5,8 +5,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from edt.errors import UserError
 from edt.metrics.neighbours import Mode
+from edt.utils.errors import UserError
 
 
 class FeatureExtractor(Protocol):
@@ -30,14 +30,18 @@ class FeatureExtractor(Protocol):
         """Raise a :class:`UserError` for images of a (height, width) that cannot be handled."""
 
     def extract(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features (n, D) and spatial features (n, S), if there are any, of uint8 images (n, H, W, 3); float32."""
+        """Features (n, D) and spatial features (n, S), if there are any, of uint8 images (n, H, W,
+        3); float32.
+        """
 
     def probabilities(self, features: np.ndarray) -> torch.Tensor | None:
         """Class probabilities (n, classes) for features (n, D); None without a classifier."""
 
 
 class PixelFeatures:
-    """The flattened pixels themselves, in [0, 1]: meaningful for tiny images only, and needs no network."""
+    """The flattened pixels themselves, in [0, 1]: meaningful for tiny images only, and needs no
+    network.
+    """
 
     name, backend, weights_sha256 = "pixels", "torch", None
     default_pr: Mode = "exact"  # half precision would round away the distances between near images
@@ -49,7 +53,9 @@ class PixelFeatures:
     def check(self, resolution: tuple[int, int]) -> None:
         height, width = resolution
         if height * width * 3 > self.MAX_DIM:
-            raise UserError(f"pixel features end at 64x64 pixels, not {width}x{height}; take --features inception")
+            raise UserError(
+                f"pixel features end at 64x64 pixels, not {width}x{height}; take --features inception"
+            )
 
     def extract(self, images: np.ndarray) -> tuple[torch.Tensor, None]:
         return torch.tensor(images, device=self.device).flatten(1) / 255, None

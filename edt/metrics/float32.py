@@ -15,12 +15,18 @@ BACKENDS = (
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """No TF32 or bf16 inside float32 matrix products and convolutions, no autocast, no gradients."""
+    """No TF32 or bf16 inside float32 matrix products and convolutions, no autocast, no
+    gradients.
+    """
     before = [backend.fp32_precision for backend in BACKENDS]
     for backend in BACKENDS:
         backend.fp32_precision = "ieee"
     try:
-        with torch.inference_mode(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        with (
+            torch.inference_mode(),
+            torch.autocast("cuda", enabled=False),
+            torch.autocast("cpu", enabled=False),
+        ):
             yield
     finally:
         for backend, precision in zip(BACKENDS, before, strict=True):

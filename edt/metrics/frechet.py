@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from edt.errors import UserError
+from edt.utils.errors import UserError
 
 
 class Moments(NamedTuple):
@@ -17,7 +17,8 @@ class Moments(NamedTuple):
 
 
 class StreamingMoments:
-    """Mean and covariance of rows that arrive in batches, in float64; memory does not grow with their number.
+    """Mean and covariance of rows that arrive in batches, in float64; memory does not grow with
+    their number.
 
     The batches are merged as in Chan, Golub and LeVeque (1983), so a large mean costs no precision.
     """
@@ -25,7 +26,9 @@ class StreamingMoments:
     def __init__(self, dim: int, device: torch.device | str = "cpu"):
         self.count = 0
         self._mean = torch.zeros(dim, dtype=torch.float64, device=device)
-        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # sum of outer products of deviations
+        self._scatter = torch.zeros(
+            dim, dim, dtype=torch.float64, device=device
+        )  # sum of outer products of deviations
 
     def update(self, rows: torch.Tensor | np.ndarray) -> None:
         """Take in ``rows`` (n, D), of any float type."""
@@ -42,30 +45,39 @@ class StreamingMoments:
     def moments(self) -> Moments:
         """The moments of all rows so far; at least two are needed."""
         if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 images, {self.count} given; give more images")
+            raise UserError(
+                f"a covariance needs at least 2 images, {self.count} given; give more images"
+            )
         return Moments(self._mean.cpu().numpy(), (self._scatter / (self.count - 1)).cpu().numpy())
 
 
-def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians (Heusel et al. 2017, equation 6): FID on Inception features.
+def frechet_distance(
+    mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray
+) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians (Heusel et al. 2017, equation 6): FID on
+    Inception features.
 
-    ``|m1 - m2|² + tr C1 + tr C2 - 2 tr (C1 C2)^½``, where the last trace is the sum of the square roots of the
-    eigenvalues of the symmetric matrix ``C1^½ C2 C1^½``. Covariances may be singular.
+    ``|m1 - m2|² + tr C1 + tr C2 - 2 tr (C1 C2)^½``, where the last trace is the sum of the square
+    roots of the eigenvalues of the symmetric matrix ``C1^½ C2 C1^½``. Covariances may be singular.
 
     Args:
         mean1, mean2: (D,).
         covariance1, covariance2: (D, D), symmetric positive semi-definite.
 
     Raises:
-        UserError: the arguments are not finite moments of one dimension, or the eigenvalues fail their check.
+        UserError: the arguments are not finite moments of one dimension, or the eigenvalues fail
+            their check.
     """
     m1, c1 = _checked_moments(mean1, covariance1)
     m2, c2 = _checked_moments(mean2, covariance2)
     if m1.shape != m2.shape:
-        raise UserError(f"statistics of {len(m1)} and {len(m2)} dimensions cannot be compared; use the same features")
+        raise UserError(
+            f"statistics of {len(m1)} and {len(m2)} dimensions cannot be compared; use the same features"
+        )
 
     variances, axes = torch.linalg.eigh(c1)
-    # Scaling the rotated C2 on both sides keeps small directions small, and their eigenvalues accurate.
+    # Scaling the rotated C2 on both sides keeps small directions small, and their eigenvalues
+    # accurate.
     scale = _nonnegative(variances).sqrt()
     product = scale[:, None] * (axes.T @ c2 @ axes) * scale
     product = (product + product.T) / 2
@@ -75,7 +87,9 @@ def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarr
     traces = c1.trace() + c2.trace()
     distance = (m1 - m2).square().sum() + traces - 2 * _nonnegative(eigenvalues).sqrt().sum()
     if distance < -1e-6 * traces:
-        raise UserError(f"the Fréchet distance came out as {distance:.6g}; the statistics are damaged")
+        raise UserError(
+            f"the Fréchet distance came out as {distance:.6g}; the statistics are damaged"
+        )
     return max(float(distance), 0.0)
 
 
@@ -85,22 +99,32 @@ def _checked_moments(mean: np.ndarray, covariance: np.ndarray) -> tuple[torch.Te
     c = torch.as_tensor(covariance, dtype=torch.float64, device="cpu")
     c = c.reshape(1, 1) if c.ndim == 0 else c
     if c.shape != (len(m), len(m)):
-        raise UserError(f"mean of shape {tuple(m.shape)} with covariance of shape {tuple(c.shape)}; compute them anew")
+        raise UserError(
+            f"mean of shape {tuple(m.shape)} with covariance of shape {tuple(c.shape)}; compute them anew"
+        )
     if not (m.isfinite().all() and c.isfinite().all()):
-        raise UserError("the statistics contain NaN or infinity; compute them anew from finite features")
+        raise UserError(
+            "the statistics contain NaN or infinity; compute them anew from finite features"
+        )
     if (c - c.T).abs().max() > 1e-6 * c.abs().max():
-        raise UserError("the covariance is not symmetric; the statistics are damaged, compute them anew")
+        raise UserError(
+            "the covariance is not symmetric; the statistics are damaged, compute them anew"
+        )
     return m, (c + c.T) / 2
 
 
 def _nonnegative(eigenvalues: torch.Tensor) -> torch.Tensor:
     """Eigenvalues of a positive semi-definite matrix, without the rounding errors below zero."""
     if eigenvalues[0] < -1e-6 * eigenvalues.abs().max():
-        raise UserError("a covariance has negative eigenvalues; the statistics are damaged, compute them anew")
+        raise UserError(
+            "a covariance has negative eigenvalues; the statistics are damaged, compute them anew"
+        )
     return eigenvalues.clamp(min=0)
 
 
-def _check_eigenvalues(eigenvalues: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, product: torch.Tensor) -> None:
+def _check_eigenvalues(
+    eigenvalues: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, product: torch.Tensor
+) -> None:
     """Compare the first two power sums with traces that need no eigenvalues.
 
     Broken linear-algebra libraries have printed plausible, wrong FIDs; this catches them.

@@ -1,4 +1,6 @@
-"""Reading a TensorFlow GraphDef without TensorFlow: the part of the protobuf format that a frozen graph uses."""
+"""Reading a TensorFlow GraphDef without TensorFlow: the part of the protobuf format that a frozen
+graph uses.
+"""
 
 import struct
 from collections.abc import Iterator
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edt.errors import UserError
+from edt.utils.errors import UserError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 DTYPES = {1: np.dtype("<f4"), 3: np.dtype("<i4")}
@@ -53,7 +55,9 @@ def read_graph(path: Path) -> dict[str, GraphNode]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Field numbers and values of a serialized message; text, bytes and sub-messages as views into it."""
+    """Field numbers and values of a serialized message; text, bytes and sub-messages as views into
+    it.
+    """
     position = 0
     while position < len(message):
         key, position = _varint(message, position)
@@ -109,7 +113,9 @@ def _node(message: memoryview) -> tuple[str, GraphNode]:
 
 
 def _tensor(message: memoryview) -> np.ndarray:
-    """TensorProto: 1 dtype, 2 shape, 4 bytes of the content, 5 and 7 packed float and int values."""
+    """TensorProto: 1 dtype, 2 shape, 4 bytes of the content, 5 and 7 packed float and int
+    values.
+    """
     parts = dict(_fields(message))
     dtype = DTYPES[parts[1]]
     dimensions = [value for number, value in _fields(parts.get(2, memoryview(b""))) if number == 2]
@@ -121,7 +127,9 @@ def _tensor(message: memoryview) -> np.ndarray:
     else:
         values = np.array(_packed_ints(parts.get(7, b"\0")), dtype)
     # Fewer values than elements: the last one is repeated.
-    return np.append(values, np.repeat(values[-1:], np.prod(shape, dtype=int) - len(values))).reshape(shape)
+    return np.append(
+        values, np.repeat(values[-1:], np.prod(shape, dtype=int) - len(values))
+    ).reshape(shape)
 
 
 def _packed_ints(data: int | memoryview) -> list[int]:

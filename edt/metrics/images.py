@@ -1,4 +1,6 @@
-"""The images to be judged: ADM .npz files, image folders and arrays, checked at opening and read in batches."""
+"""The images to be judged: ADM .npz files, image folders and arrays, checked at opening and read in
+batches.
+"""
 
 import hashlib
 import io
@@ -16,8 +18,8 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from edt.errors import UserError
-from edt.files import file_sha256
+from edt.utils.errors import UserError
+from edt.utils.files import file_sha256
 
 Crop = Callable[[Image.Image], Image.Image]
 T = TypeVar("T")
@@ -42,7 +44,9 @@ class ImageSet(ABC):
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """All images in order as uint8 (n, H, W, 3), n = ``batch_size`` except for the last batch."""
+        """All images in order as uint8 (n, H, W, 3), n = ``batch_size`` except for the last
+        batch.
+        """
 
     @abstractmethod
     def sha256(self) -> str:
@@ -112,7 +116,9 @@ class FolderImages(ImageSet):
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor() as pool:
             for start in range(0, self.count, batch_size):
-                yield np.stack(list(pool.map(self._decode, self._files[start : start + batch_size])))
+                yield np.stack(
+                    list(pool.map(self._decode, self._files[start : start + batch_size]))
+                )
 
     def sha256(self) -> str:
         digest = hashlib.sha256(f"{self.resolution}".encode())
@@ -125,16 +131,23 @@ class FolderImages(ImageSet):
             with Image.open(file) as image:
                 return read(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read the image {file} ({error}); replace or remove it") from None
+            raise UserError(
+                f"cannot read the image {file} ({error}); replace or remove it"
+            ) from None
 
     def _decode(self, file: Path) -> np.ndarray:
-        return self._open(file, lambda image: np.asarray(self._crop(image) if self._crop else image.convert("RGB")))
+        return self._open(
+            file,
+            lambda image: np.asarray(self._crop(image) if self._crop else image.convert("RGB")),
+        )
 
     def _check_sizes(self) -> None:
         for file in self._files:
             size = self._open(file, lambda image: (image.height, image.width))
             if size != self.resolution:
-                raise UserError(f"{file} is {_pixels(size)}, others {_pixels(self.resolution)}; crop all: --image-size")
+                raise UserError(
+                    f"{file} is {_pixels(size)}, others {_pixels(self.resolution)}; crop all: --image-size"
+                )
 
 
 @contextmanager
@@ -144,15 +157,21 @@ def open_npz_array(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int
         with zipfile.ZipFile(path) as archive:
             if f"{name}.npy" not in archive.namelist():
                 found = ", ".join(archive.namelist()) or "nothing"
-                raise UserError(f"{path} holds no array {name} (found {found}); give an .npz file of images")
+                raise UserError(
+                    f"{path} holds no array {name} (found {found}); give an .npz file of images"
+                )
             with archive.open(f"{name}.npy") as file:
                 old = np.lib.format.read_magic(file) == (1, 0)
                 shape, fortran_order, dtype = (
-                    np.lib.format.read_array_header_1_0(file) if old else np.lib.format.read_array_header_2_0(file)
+                    np.lib.format.read_array_header_1_0(file)
+                    if old
+                    else np.lib.format.read_array_header_2_0(file)
                 )
                 size = archive.getinfo(f"{name}.npy").file_size - file.tell()
                 if size != math.prod(shape) * dtype.itemsize and not dtype.hasobject:
-                    raise UserError(f"{path}: {name} has {size} bytes, too many or few for {shape}; write it again")
+                    raise UserError(
+                        f"{path}: {name} has {size} bytes, too many or few for {shape}; write it again"
+                    )
                 if fortran_order and not dtype.hasobject:
                     file = io.BytesIO(read_npz(path, (name,))[name].tobytes())
                 yield file, shape, dtype
@@ -181,7 +200,9 @@ def npz_names(path: Path) -> list[str]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"cannot read {path} ({error or type(error).__name__}); give an .npz file that numpy.savez wrote")
+    return UserError(
+        f"cannot read {path} ({error or type(error).__name__}); give an .npz file that numpy.savez wrote"
+    )
 
 
 def _read_rows(file: IO[bytes], count: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -193,20 +214,28 @@ def _check_array(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
     if dtype != np.uint8:
         raise UserError(f"{name} holds {dtype}, not uint8; {TO_UINT8}")
     if len(shape) != 4 or shape[3] != 3:
-        raise UserError(f"{name} has shape {tuple(shape)}; images must be (count, height, width, 3)")
+        raise UserError(
+            f"{name} has shape {tuple(shape)}; images must be (count, height, width, 3)"
+        )
     _check_count(name, shape[0])
 
 
 def _check_count(name: str, count: int) -> None:
     if count < 2:
-        raise UserError(f"{name} holds {count} image(s); at least 2 are needed to compare distributions")
+        raise UserError(
+            f"{name} holds {count} image(s); at least 2 are needed to compare distributions"
+        )
 
 
 def _check_values(name: str, images: np.ndarray) -> None:
-    """Refuse floats in [0, 1] or [-1, 1] that were cast to integers: only 0 and 1, or 0, 1 and 255, are left."""
+    """Refuse floats in [0, 1] or [-1, 1] that were cast to integers: only 0 and 1, or 0, 1 and 255,
+    are left.
+    """
     found = np.flatnonzero(np.bincount(images.ravel(), minlength=256))
     if 1 in found and set(found) <= {0, 1, 255}:
-        raise UserError(f"{name} holds only the values {found.tolist()}: floats cast without scaling; {TO_UINT8}")
+        raise UserError(
+            f"{name} holds only the values {found.tolist()}: floats cast without scaling; {TO_UINT8}"
+        )
 
 
 def _refuse_floats(name: str, shape: tuple[int, ...], dtype: np.dtype, file: IO[bytes]) -> None:

@@ -1,4 +1,6 @@
-"""The 2015 Inception network in torch, with the resize, padding and pooling of the TensorFlow graph."""
+"""The 2015 Inception network in torch, with the resize, padding and pooling of the TensorFlow
+graph.
+"""
 
 import numpy as np
 import torch
@@ -25,7 +27,9 @@ SIDE = 299  # pixels that the network sees
 
 
 class InceptionFeatures:
-    """Pool features (n, 2048), spatial features (n, 2023) and class probabilities (n, 1008), as ADM reads them."""
+    """Pool features (n, 2048), spatial features (n, 2023) and class probabilities (n, 1008), as ADM
+    reads them.
+    """
 
     name, backend = "inception", "torch"
     default_pr: Mode = "adm"
@@ -93,26 +97,42 @@ def _unit(unit: Unit, tensors: dict[str, np.ndarray]) -> nn.Sequential:
     """Convolution, batch norm and ReLU with the weights of one unit."""
     height, width = unit.kernel
     padding = (height // 2, width // 2) if unit.padding == "SAME" else 0
-    with torch.device("meta"):  # no initial weights: drawing them would move the generator of a training around us
-        convolution = nn.Conv2d(unit.channels_in, unit.channels_out, unit.kernel, unit.stride, padding, bias=False)
+    with torch.device(
+        "meta"
+    ):  # no initial weights: drawing them would move the generator of a training around us
+        convolution = nn.Conv2d(
+            unit.channels_in, unit.channels_out, unit.kernel, unit.stride, padding, bias=False
+        )
         batch_norm = nn.BatchNorm2d(unit.channels_out, eps=BATCH_NORM_EPSILON)
 
     def tensor(name: str) -> Tensor:
         return torch.tensor(tensors[f"{unit.name}/{name}"])
 
-    names = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
+    names = {
+        "weight": "gamma",
+        "bias": "beta",
+        "running_mean": "moving_mean",
+        "running_var": "moving_variance",
+    }
     state = {key: tensor(f"batchnorm/{name}") for key, name in names.items()}
     batch_norm.load_state_dict({**state, "num_batches_tracked": torch.tensor(0)}, assign=True)
-    convolution.load_state_dict({"weight": tensor("conv2d_params").permute(3, 2, 0, 1)}, assign=True)
+    convolution.load_state_dict(
+        {"weight": tensor("conv2d_params").permute(3, 2, 0, 1)}, assign=True
+    )
     return nn.Sequential(convolution, batch_norm, nn.ReLU(inplace=True))
 
 
 def resize(pixels: Tensor) -> Tensor:
-    """TensorFlow 1's bilinear resize of (n, H, W, c) to 299 x 299, bit for bit: no half-pixel shift, no smoothing."""
+    """TensorFlow 1's bilinear resize of (n, H, W, c) to 299 x 299, bit for bit: no half-pixel
+    shift, no smoothing.
+    """
     for dim in (2, 1):
         size = pixels.shape[dim]
-        # The positions, too, are float32 in TensorFlow; float64 would move the spatial features by 1e-5.
-        position = torch.arange(SIDE, dtype=torch.float32) * (torch.tensor(size, dtype=torch.float32) / SIDE)
+        # The positions, too, are float32 in TensorFlow; float64 would move the spatial features by
+        # 1e-5.
+        position = torch.arange(SIDE, dtype=torch.float32) * (
+            torch.tensor(size, dtype=torch.float32) / SIDE
+        )
         low = position.long()
         high = (low + 1).clamp(max=size - 1)
         weight = (position - low).view(-1, *[1] * (3 - dim)).to(pixels.device)

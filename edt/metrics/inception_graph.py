@@ -1,7 +1,8 @@
-"""The 2015 Inception graph behind FID, as data: its convolution units, pools and joins in the order they run.
+"""The 2015 Inception graph behind FID, as data: its convolution units, pools and joins in the order
+they run.
 
-Names are those of ``classify_image_graph_def.pb`` (archive inception-2015-12-05), whose weights are read by name.
-"""
+Names are those of ``classify_image_graph_def.pb`` (archive inception-2015-12-05), whose weights are
+read by name."""
 
 from collections import Counter
 from typing import Literal, NamedTuple
@@ -40,8 +41,9 @@ class Join(NamedTuple):
 
 Node = Unit | Pool | Join
 
-# A chain of steps: kernel height x width, "/2" for stride 2, "v" for no padding at stride 1, output channels; "max"
-# and "avg" are pools. The parts around a "|" share their input, and both go into the join.
+# A chain of steps: kernel height x width, "/2" for stride 2, "v" for no padding at stride 1, output
+# channels; "max" and "avg" are pools. The parts around a "|" share their input, and both go into
+# the join.
 STEM = "3x3/2 32, 3x3v 32, 3x3 64, max/2, 1x1v 80, 3x3v 192, max/2"
 
 
@@ -72,7 +74,8 @@ def _block_8(pool: str) -> list[tuple[str, str]]:
     ]
 
 
-# A block's branches, each with its name and its chain from the block's input, in the order of the join.
+# A block's branches, each with its name and its chain from the block's input, in the order of the
+# join.
 BLOCKS = {
     "mixed": _block_35(32),
     "mixed_1": _block_35(64),
@@ -82,7 +85,11 @@ BLOCKS = {
     "mixed_5": _block_17(160),
     "mixed_6": _block_17(160),
     "mixed_7": _block_17(192),
-    "mixed_8": [("tower/", "1x1 192, 3x3/2 320"), ("tower_1/", "1x1 192, 1x7 192, 7x1 192, 3x3/2 192"), ("", "max/2")],
+    "mixed_8": [
+        ("tower/", "1x1 192, 3x3/2 320"),
+        ("tower_1/", "1x1 192, 1x7 192, 7x1 192, 3x3/2 192"),
+        ("", "max/2"),
+    ],
     "mixed_9": _block_8("avg"),
     "mixed_10": _block_8("max"),
 }
@@ -108,7 +115,9 @@ def _build() -> tuple[Node, ...]:
         names[kind] += 1
         stride, padding = 2 if strided else 1, "VALID" if valid else "SAME"
         if kind == "pool":
-            nodes.append(Pool(name, source, "MaxPool" if kernel == "max" else "AvgPool", stride, padding))
+            nodes.append(
+                Pool(name, source, "MaxPool" if kernel == "max" else "AvgPool", stride, padding)
+            )
             channels[name] = channels[source]
         else:
             size = tuple(int(side) for side in kernel.split("x"))
@@ -127,7 +136,11 @@ def _build() -> tuple[Node, ...]:
 
     [source] = add_chain(STEM, "", INPUT)
     for block, branches in BLOCKS.items():
-        ends = [end for branch, chain in branches for end in add_chain(chain, f"{block}/{branch}", source)]
+        ends = [
+            end
+            for branch, chain in branches
+            for end in add_chain(chain, f"{block}/{branch}", source)
+        ]
         source = f"{block}/join"
         nodes.append(Join(source, tuple(ends)))
         channels[source] = sum(channels[end] for end in ends)

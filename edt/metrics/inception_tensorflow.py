@@ -1,14 +1,16 @@
-"""The 2015 Inception graph run by TensorFlow itself: the second opinion on :mod:`edt.metrics.inception`."""
+"""The 2015 Inception graph run by TensorFlow itself: the second opinion on
+:mod:`edt.metrics.inception`.
+"""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from edt.errors import UserError
 from edt.metrics.inception_graph import FEATURES, SPATIAL_CHANNELS
 from edt.metrics.inception_weights import load_weights
 from edt.metrics.neighbours import Mode
+from edt.utils.errors import UserError
 
 
 class TensorFlowInceptionFeatures:
@@ -26,11 +28,17 @@ class TensorFlowInceptionFeatures:
         try:
             import tensorflow as tf
         except ImportError:
-            raise UserError("--backend tensorflow needs TensorFlow; pip install 'edt[tf]', or take torch") from None
+            raise UserError(
+                "--backend tensorflow needs TensorFlow; pip install 'edt[tf]', or take torch"
+            ) from None
         if path.suffix == ".safetensors":
-            raise UserError(f"--backend tensorflow runs the graph itself; give the .pb file, not {path}")
+            raise UserError(
+                f"--backend tensorflow runs the graph itself; give the .pb file, not {path}"
+            )
         self.device = torch.device(device)
-        self.weights_sha256 = load_weights(path).sha256  # says what is wrong with a file that is not the graph
+        self.weights_sha256 = load_weights(
+            path
+        ).sha256  # says what is wrong with a file that is not the graph
 
         tf.config.experimental.enable_tensor_float_32_execution(False)
         graph_def = tf.compat.v1.GraphDef.FromString(path.read_bytes())
@@ -44,8 +52,12 @@ class TensorFlowInceptionFeatures:
             )
             self._outputs = [pool, spatial[..., :SPATIAL_CHANNELS]]
             self._features = tf.compat.v1.placeholder(tf.float32, [None, FEATURES])
-            self._probabilities = tf.nn.softmax(self._features @ classifier)  # ADM leaves the bias out
-        config = tf.compat.v1.ConfigProto(allow_soft_placement=True)  # DecodeJpeg runs on the CPU only
+            self._probabilities = tf.nn.softmax(
+                self._features @ classifier
+            )  # ADM leaves the bias out
+        config = tf.compat.v1.ConfigProto(
+            allow_soft_placement=True
+        )  # DecodeJpeg runs on the CPU only
         config.gpu_options.allow_growth = True  # torch needs room on the same device
         self._session = tf.compat.v1.Session(graph=graph, config=config)
 

@@ -10,17 +10,31 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from edt.errors import UserError
-from edt.files import file_sha256, whole_file
 from edt.metrics.graphdef import GraphNode, read_graph
-from edt.metrics.inception_graph import BATCH_NORM_EPSILON, CLASSES, FEATURES, GRAPH, UNITS, Join, Pool, Unit
+from edt.metrics.inception_graph import (
+    BATCH_NORM_EPSILON,
+    CLASSES,
+    FEATURES,
+    GRAPH,
+    UNITS,
+    Join,
+    Pool,
+    Unit,
+)
+from edt.utils.errors import UserError
+from edt.utils.files import file_sha256, whole_file
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "classify_image_graph_def.pb"
 URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{FILE_NAME}"
 SHA256 = "009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6"
-BATCH_NORM = {"beta": "beta", "gamma": "gamma", "mean": "moving_mean", "variance": "moving_variance"}
+BATCH_NORM = {
+    "beta": "beta",
+    "gamma": "gamma",
+    "mean": "moving_mean",
+    "variance": "moving_variance",
+}
 
 
 @dataclass(frozen=True)
@@ -28,8 +42,9 @@ class InceptionWeights:
     """Weights by their name in the graph, float32.
 
     Attributes:
-        tensors: for each unit U ``U/conv2d_params`` (kh, kw, cin, cout) and ``U/batchnorm/{beta,gamma,moving_mean,
-            moving_variance}`` (cout,), and ``softmax/weights`` (2048, 1008).
+        tensors: for each unit U ``U/conv2d_params`` (kh, kw, cin, cout) and
+            ``U/batchnorm/{beta,gamma,moving_mean, moving_variance}`` (cout,), and
+            ``softmax/weights`` (2048, 1008).
         sha256: hash of the .pb file they come from.
     """
 
@@ -38,7 +53,9 @@ class InceptionWeights:
 
 
 def find_weights(path: Path | None = None) -> Path:
-    """The weights at ``path``; else beside the user, where ADM keeps them; else in the cache, downloaded if need be."""
+    """The weights at ``path``; else beside the user, where ADM keeps them; else in the cache,
+    downloaded if need be.
+    """
     if path is not None:
         if not path.is_file():
             raise UserError(f"no Inception weights at {path}; get {URL}")
@@ -62,13 +79,17 @@ def _download(target: Path) -> None:
                 while block := response.read(1 << 20):
                     file.write(block)
         except OSError as error:
-            raise UserError(f"no Inception weights, and the download failed ({error}); {mend}") from None
+            raise UserError(
+                f"no Inception weights, and the download failed ({error}); {mend}"
+            ) from None
         if file_sha256(temporary) != SHA256:
             raise UserError(f"the downloaded Inception weights have a wrong checksum; {mend}")
 
 
 def load_weights(path: Path) -> InceptionWeights:
-    """Weights from ``classify_image_graph_def.pb`` or a file of :func:`save_weights`, known to fit the network."""
+    """Weights from ``classify_image_graph_def.pb`` or a file of :func:`save_weights`, known to fit
+    the network.
+    """
     if path.suffix == ".safetensors":
         tensors, sha256 = _read_safetensors(path)
     else:
@@ -80,14 +101,18 @@ def load_weights(path: Path) -> InceptionWeights:
             found = f"has shape {tensors[name].shape}" if name in tensors else "is missing"
             raise _not_inception(path, f"{name} {found}, expected {shape}")
     if sha256 != SHA256:
-        logger.warning("warning: %s is not the published Inception network; its scores compare with none", path)
+        logger.warning(
+            "warning: %s is not the published Inception network; its scores compare with none", path
+        )
     return InceptionWeights(tensors, sha256)
 
 
 def save_weights(weights: InceptionWeights, path: Path) -> None:
     """Write the weights as safetensors, with the hash of the file they come from."""
     with whole_file(path) as temporary:
-        safetensors.numpy.save_file(weights.tensors, temporary, metadata={"source_sha256": weights.sha256})
+        safetensors.numpy.save_file(
+            weights.tensors, temporary, metadata={"source_sha256": weights.sha256}
+        )
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
@@ -128,17 +153,26 @@ def _constant(path: Path, graph: dict[str, GraphNode], name: str) -> np.ndarray:
 
 
 def _check_graph(path: Path, graph: dict[str, GraphNode]) -> None:
-    """Refuse a graph that computes something else, so that it fails with a sentence and not with a wrong FID."""
+    """Refuse a graph that computes something else, so that it fails with a sentence and not with a
+    wrong FID.
+    """
     expected_constants = {"ResizeBilinear/size": [299, 299], "Sub/y": 128, "Mul/y": 1 / 128}
     for name, value in expected_constants.items():
         found = _constant(path, graph, name)
         if not np.array_equal(found, value):
             raise _not_inception(path, f"{name} is {found.tolist()}, expected {value}")
-    operations = {"ResizeBilinear": "ResizeBilinear", "pool_3": "AvgPool", "softmax/logits/MatMul": "MatMul"}
+    operations = {
+        "ResizeBilinear": "ResizeBilinear",
+        "pool_3": "AvgPool",
+        "softmax/logits/MatMul": "MatMul",
+    }
     for node in GRAPH:
         match node:
             case Unit(name):
-                operations |= {name: "Relu", f"{name}/batchnorm": "BatchNormWithGlobalNormalization"}
+                operations |= {
+                    name: "Relu",
+                    f"{name}/batchnorm": "BatchNormWithGlobalNormalization",
+                }
             case Pool(name, _, op):
                 operations[name] = op
             case Join(name):
@@ -150,7 +184,9 @@ def _check_graph(path: Path, graph: dict[str, GraphNode]) -> None:
     for unit in UNITS:
         epsilon = graph[f"{unit.name}/batchnorm"].number("variance_epsilon")
         if abs(epsilon - BATCH_NORM_EPSILON) > 1e-8:
-            raise _not_inception(path, f"{unit.name}/batchnorm has epsilon {epsilon}, expected {BATCH_NORM_EPSILON}")
+            raise _not_inception(
+                path, f"{unit.name}/batchnorm has epsilon {epsilon}, expected {BATCH_NORM_EPSILON}"
+            )
 
 
 def _not_inception(path: Path, reason: str) -> UserError:

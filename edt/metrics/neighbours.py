@@ -1,4 +1,6 @@
-"""Improved precision and recall (Kynkäänniemi et al. 2019), with ADM's arithmetic or in plain float32."""
+"""Improved precision and recall (Kynkäänniemi et al. 2019), with ADM's arithmetic or in plain
+float32.
+"""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -6,8 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from edt.errors import UserError
 from edt.metrics.float32 import full_float32
+from edt.utils.errors import UserError
 
 BLOCK_ROWS = 10_000  # ADM decides for each block of this many rows and columns whether half precision overflowed
 CHUNK_ROWS = 1_000  # rows of a block whose intermediate results exist at one time
@@ -21,17 +23,21 @@ def precision_recall(
     mode: Mode = "adm",
     device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
-    """Share of samples on the reference manifold, and share of the reference on the samples' manifold.
+    """Share of samples on the reference manifold, and share of the reference on the samples'
+    manifold.
 
-    A manifold is the union of balls around its points, each reaching to the k-th nearest other point.
+    A manifold is the union of balls around its points, each reaching to the k-th nearest other
+    point.
 
     Args:
         reference, samples: (N, D) and (M, D) features.
-        mode: ``adm`` computes squared distances in half precision, and in float32 where a block of 10,000 x 10,000
-            overflows, as ADM's published numbers do; ``exact`` always uses float32.
+        mode: ``adm`` computes squared distances in half precision, and in float32 where a block of
+            10,000 x 10,000 overflows, as ADM's published numbers do; ``exact`` always uses float32.
     """
     if min(len(reference), len(samples)) <= k:
-        raise UserError(f"precision and recall at k = {k} need at least {k + 1} images on both sides; give more images")
+        raise UserError(
+            f"precision and recall at k = {k} need at least {k + 1} images on both sides; give more images"
+        )
     reference = torch.as_tensor(reference, dtype=torch.float32)
     samples = torch.as_tensor(samples, dtype=torch.float32)
     with full_float32():
@@ -46,10 +52,14 @@ def precision_recall(
 
 
 def _radii(features: torch.Tensor, k: int, mode: Mode, device: torch.device | str) -> torch.Tensor:
-    """Squared distance (N,) to the k-th nearest neighbour: the (k+1)-th smallest, as the point itself counts too."""
+    """Squared distance (N,) to the k-th nearest neighbour: the (k+1)-th smallest, as the point
+    itself counts too.
+    """
     nearest = torch.full((len(features), k + 1), torch.inf, device=device)
     for rows, _, distances in _blocks(features, features, mode, device):
-        candidates = torch.cat([nearest[rows], distances.topk(min(k + 1, distances.shape[1]), largest=False).values], 1)
+        candidates = torch.cat(
+            [nearest[rows], distances.topk(min(k + 1, distances.shape[1]), largest=False).values], 1
+        )
         nearest[rows] = candidates.topk(k + 1, largest=False).values
     return nearest.amax(1)
 
@@ -57,7 +67,8 @@ def _radii(features: torch.Tensor, k: int, mode: Mode, device: torch.device | st
 def _blocks(
     u: torch.Tensor, v: torch.Tensor, mode: Mode, device: torch.device | str
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Row slice of ``u``, row slice of ``v``, and their squared distances as float32, until all pairs have come.
+    """Row slice of ``u``, row slice of ``v``, and their squared distances as float32, until all
+    pairs have come.
 
     The distances of one block together never exceed 10,000 x 10,000 half-precision numbers.
     """
@@ -74,16 +85,18 @@ def _blocks(
 
 
 def _distances(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Squared Euclidean distances (n, m) in float32, by the binomial formula as ADM computes them."""
+    """Squared Euclidean distances (n, m) in float32, by the binomial formula as ADM computes
+    them.
+    """
     return (u.square().sum(1)[:, None] - 2 * (u @ v.T) + v.square().sum(1)).clamp_(min=0)
 
 
 def _half_distances(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
-    """Squared distances (n, m) with every operation rounded to half precision; None if any of them is not finite.
+    """Squared distances (n, m) with every operation rounded to half precision; None if any of them
+    is not finite.
 
-    Products are summed in float32 and rounded once, as TensorFlow and cuBLAS do: float32 holds a product of two halves
-    exactly, so this gives the same result on every device.
-    """
+    Products are summed in float32 and rounded once, as TensorFlow and cuBLAS do: float32 holds a
+    product of two halves exactly, so this gives the same result on every device."""
     u, v = u.half(), v.half()
     v_float, v_norm = v.float(), _half_row_sums(v * v)
     distances = torch.empty(len(u), len(v), dtype=torch.half, device=u.device)
@@ -98,11 +111,12 @@ def _half_distances(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
 
 
 def _half_row_sums(x: torch.Tensor) -> torch.Tensor:
-    """Row sums (n,) of half-precision ``x`` (n, D), rounded in the order of TensorFlow's CPU kernel.
+    """Row sums (n,) of half-precision ``x`` (n, D), rounded in the order of TensorFlow's CPU
+    kernel.
 
-    The order shows in the last bit of a quarter of the norms, enough to move single images across a radius. Rows longer
-    than 1600 are halved; then four accumulators of eight lanes run over the row, and are joined one after the other.
-    """
+    The order shows in the last bit of a quarter of the norms, enough to move single images across a
+    radius. Rows longer than 1600 are halved; then four accumulators of eight lanes run over the
+    row, and are joined one after the other."""
     if x.shape[1] > 1600:
         middle = -(-x.shape[1] // 16) * 8
         return _half_row_sums(x[:, :middle]) + _half_row_sums(x[:, middle:])

@@ -6,11 +6,14 @@ import torch
 from edt.metrics.float32 import full_float32
 
 
-def inception_score_splits(probabilities: np.ndarray | torch.Tensor, split_size: int = 5000) -> list[float]:
-    """Inception Score of each run of ``split_size`` consecutive images, a short last one included, as ADM splits them.
+def inception_score_splits(
+    probabilities: np.ndarray | torch.Tensor, split_size: int = 5000
+) -> list[float]:
+    """Inception Score of each run of ``split_size`` consecutive images, a short last one included,
+    as ADM splits them.
 
-    ``exp(mean KL(p(y|x) || p(y)))`` with p(y) the mean over the split (Salimans et al. 2016). A class that an image
-    excludes (p = 0) adds nothing.
+    ``exp(mean KL(p(y|x) || p(y)))`` with p(y) the mean over the split (Salimans et al. 2016). A
+    class that an image excludes (p = 0) adds nothing.
 
     Args:
         probabilities: (N, classes), rows sum to 1.
@@ -40,10 +43,12 @@ def kernel_distance(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
-    """Kernel Inception Distance (Bińkowski et al. 2018): mean and standard deviation over random subsets.
+    """Kernel Inception Distance (Bińkowski et al. 2018): mean and standard deviation over random
+    subsets.
 
-    The unbiased squared maximum mean discrepancy with the kernel ``(x·y / D + 1)³``. Its expectation does not depend
-    on the number of images, unlike that of the Fréchet distance, and it can fall below zero.
+    The unbiased squared maximum mean discrepancy with the kernel ``(x·y / D + 1)³``. Its
+    expectation does not depend on the number of images, unlike that of the Fréchet distance, and it
+    can fall below zero.
 
     Args:
         reference, samples: (N, D) and (M, D) features, at least 2 rows each.
@@ -63,7 +68,9 @@ def kernel_distance(
 
 
 def _unbiased_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Unbiased squared maximum mean discrepancy of two (n, D) sets; pairs of an image with itself are left out."""
+    """Unbiased squared maximum mean discrepancy of two (n, D) sets; pairs of an image with itself
+    are left out.
+    """
 
     def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a @ b.T / a.shape[1] + 1).double() ** 3
@@ -72,4 +79,6 @@ def _unbiased_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
         n = len(k)
         return (k.sum() - k.trace()) / (n * (n - 1))
 
-    return float(mean_of_pairs(kernel(x, x)) + mean_of_pairs(kernel(y, y)) - 2 * kernel(x, y).mean())
+    return float(
+        mean_of_pairs(kernel(x, x)) + mean_of_pairs(kernel(y, y)) - 2 * kernel(x, y).mean()
+    )

@@ -9,11 +9,19 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from edt.errors import UserError
-from edt.files import whole_file
 from edt.metrics.features import FeatureExtractor
 from edt.metrics.frechet import Moments, StreamingMoments
-from edt.metrics.images import ArrayImages, Crop, FolderImages, ImageSet, NpzImages, npz_names, read_npz
+from edt.metrics.images import (
+    ArrayImages,
+    Crop,
+    FolderImages,
+    ImageSet,
+    NpzImages,
+    npz_names,
+    read_npz,
+)
+from edt.utils.errors import UserError
+from edt.utils.files import whole_file
 
 MOMENT_NAMES = (("mu", "sigma"), ("mu_s", "sigma_s"))  # ADM's names, for pool and spatial features
 OPTIONAL_NAMES = ("features", "count", "resolution", "weights_sha256")
@@ -43,7 +51,8 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Source:
-    """One side of a comparison, opened and checked: images, statistics, or (ADM's reference files) both.
+    """One side of a comparison, opened and checked: images, statistics, or (ADM's reference files)
+    both.
 
     Attributes:
         recipe: how a sampler drew the images, from the ``recipe.json`` beside them.
@@ -60,7 +69,9 @@ class Source:
         return known.resolution
 
 
-def open_source(source: str | Path | np.ndarray, feature_name: str = "inception", crop: Crop | None = None) -> Source:
+def open_source(
+    source: str | Path | np.ndarray, feature_name: str = "inception", crop: Crop | None = None
+) -> Source:
     """Open an image array, .npz file, image folder, run folder of the sampler, or statistics file.
 
     Args:
@@ -77,15 +88,21 @@ def open_source(source: str | Path | np.ndarray, feature_name: str = "inception"
     if path.is_dir():
         archives = sorted(path.glob("samples_*.npz"))
         if len(archives) > 1:
-            raise UserError(f"{path} holds {len(archives)} samples_*.npz files; name one of them: {archives[0]}")
+            raise UserError(
+                f"{path} holds {len(archives)} samples_*.npz files; name one of them: {archives[0]}"
+            )
         recipe = _read_recipe(path / "recipe.json")
         if archives:
             return replace(_open_npz(archives[0], feature_name), recipe=recipe)
         if recipe is not None:
-            raise UserError(f"{path} holds a recipe but no samples_*.npz; finish the sampling by starting it again")
+            raise UserError(
+                f"{path} holds a recipe but no samples_*.npz; finish the sampling by starting it again"
+            )
         return Source(str(path), FolderImages(path, crop))
     if not path.exists():
-        raise UserError(f"{path} does not exist; give an .npz file, an image folder or a run folder")
+        raise UserError(
+            f"{path} does not exist; give an .npz file, an image folder or a run folder"
+        )
     return _open_npz(path, feature_name)
 
 
@@ -94,7 +111,9 @@ def _open_npz(path: Path, feature_name: str) -> Source:
     statistics = read_statistics(path) if "mu" in names else None
     if statistics and statistics.feature_name != feature_name:
         if "arr_0" not in names:
-            raise UserError(f"{path} holds statistics of {statistics.feature_name} features, not {feature_name}")
+            raise UserError(
+                f"{path} holds statistics of {statistics.feature_name} features, not {feature_name}"
+            )
         statistics = None
     images = NpzImages(path) if statistics is None or "arr_0" in names else None
     return Source(str(path), images, statistics, _read_recipe(path.parent / "recipe.json"))
@@ -116,15 +135,21 @@ def measure(
     cache_dir: Path | None = None,
     progress: bool = False,
 ) -> Statistics:
-    """Statistics of a source; moments that came with the source win over those of its images, as in ADM.
+    """Statistics of a source; moments that came with the source win over those of its images, as in
+    ADM.
 
     Args:
         batch_size: images per call of the extractor.
         cache_dir: where features are kept and looked for by the hash of the images' content.
         progress: show a bar on stderr.
     """
-    if source.statistics and source.statistics.weights_sha256 not in (None, extractor.weights_sha256):
-        raise UserError(f"{source.name} was made with other Inception weights; make it again with make-ref")
+    if source.statistics and source.statistics.weights_sha256 not in (
+        None,
+        extractor.weights_sha256,
+    ):
+        raise UserError(
+            f"{source.name} was made with other Inception weights; make it again with make-ref"
+        )
     if source.images is None:
         return source.statistics
     extractor.check(source.images.resolution)
@@ -137,7 +162,9 @@ def measure(
         if cached:
             write_statistics(cached, measured)
     if source.statistics:
-        return replace(source.statistics, features=measured.features, resolution=measured.resolution)
+        return replace(
+            source.statistics, features=measured.features, resolution=measured.resolution
+        )
     return measured
 
 
@@ -149,10 +176,12 @@ def make_reference(
     batch_size: int = 64,
     progress: bool = False,
 ) -> None:
-    """Write a reference file like ADM's: moments of all images, and ``image_count`` of them for precision and recall.
+    """Write a reference file like ADM's: moments of all images, and ``image_count`` of them for
+    precision and recall.
 
     Args:
-        image_count: how many images to keep, drawn with a fixed seed; all of them if there are fewer.
+        image_count: how many images to keep, drawn with a fixed seed; all of them if there are
+            fewer.
     """
     extractor.check(images.resolution)
     count = min(image_count, images.count)
@@ -172,7 +201,11 @@ def make_reference(
 
 
 def _measure_batches(
-    batches: Iterable[np.ndarray], images: ImageSet, extractor: FeatureExtractor, progress: bool, keep_features: bool
+    batches: Iterable[np.ndarray],
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    progress: bool,
+    keep_features: bool,
 ) -> Statistics:
     """Moments, and features if they are to be kept, of all ``batches`` of ``images``."""
     kept, moments, spatial_moments = [], None, None
@@ -180,11 +213,15 @@ def _measure_batches(
         for batch in batches:
             features, spatial = extractor.extract(batch)
             if not features.isfinite().all():
-                raise UserError(f"{images.name} gives features that are not finite; check the network's weights")
+                raise UserError(
+                    f"{images.name} gives features that are not finite; check the network's weights"
+                )
             moments = moments or StreamingMoments(features.shape[1], extractor.device)
             moments.update(features)
             if spatial is not None:
-                spatial_moments = spatial_moments or StreamingMoments(spatial.shape[1], extractor.device)
+                spatial_moments = spatial_moments or StreamingMoments(
+                    spatial.shape[1], extractor.device
+                )
                 spatial_moments.update(spatial)
             if keep_features:
                 kept.append(features.cpu().numpy())
@@ -221,21 +258,31 @@ def read_statistics(path: Path) -> Statistics:
     )
 
 
-def _moments(path: Path, arrays: dict[str, np.ndarray], mean_name: str, covariance_name: str) -> Moments | None:
+def _moments(
+    path: Path, arrays: dict[str, np.ndarray], mean_name: str, covariance_name: str
+) -> Moments | None:
     if mean_name not in arrays:
         return None
     mean, covariance = arrays[mean_name], arrays.get(covariance_name, np.empty(0))
     if covariance.shape != mean.shape * 2:
-        raise UserError(f"{path}: {covariance_name} has shape {covariance.shape}, but {mean_name} {mean.shape}")
+        raise UserError(
+            f"{path}: {covariance_name} has shape {covariance.shape}, but {mean_name} {mean.shape}"
+        )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"{path}: {mean_name} or {covariance_name} holds NaN or infinity; make the file again")
+        raise UserError(
+            f"{path}: {mean_name} or {covariance_name} holds NaN or infinity; make the file again"
+        )
     return Moments(mean, covariance)
 
 
 def write_statistics(path: Path, statistics: Statistics, **more: np.ndarray) -> None:
-    """Write a statistics file; with ``arr_0`` in ``more`` it is a reference file that ADM's evaluator reads too."""
+    """Write a statistics file; with ``arr_0`` in ``more`` it is a reference file that ADM's
+    evaluator reads too.
+    """
     arrays = dict(more, feature_name=np.array(statistics.feature_name))
-    for (mean, covariance), moments in zip(MOMENT_NAMES, (statistics.moments, statistics.spatial_moments), strict=True):
+    for (mean, covariance), moments in zip(
+        MOMENT_NAMES, (statistics.moments, statistics.spatial_moments), strict=True
+    ):
         if moments:
             arrays[mean], arrays[covariance] = moments
     for name in OPTIONAL_NAMES:

@@ -1,0 +1,27 @@
+"""Pictures of a training run. Needs matplotlib (the ``demo`` extra)."""
+
+import json
+from pathlib import Path
+
+from edt.utils.errors import UserError
+
+
+def plot_losses(metrics: str | Path, picture: str | Path) -> None:
+    """Losses of the full and the masked pass over the steps (paper, Figure 10), from a run's
+    metrics.jsonl to a PNG.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install 'edt[demo]'") from None
+    metrics = Path(metrics)
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [row["step"] for row in rows]
+    axes.plot(steps, [row["loss_full"] for row in rows], label="full pass")
+    axes.plot(steps, [row["loss_masked"] for row in rows], label="masked pass")
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title=metrics.parent.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
