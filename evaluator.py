@@ -31,7 +31,7 @@ from edt.metrics import (
 from edt.metrics.extractors import BACKENDS, FEATURES
 from edt.metrics.inception_weights import load_weights, save_weights
 from edt.utils.errors import UserError
-from edt.utils.files import make_folder, whole_file
+from edt.utils.files import atomic_write, make_folder
 
 
 def score_parser() -> argparse.ArgumentParser:
@@ -68,7 +68,7 @@ def score(args: argparse.Namespace) -> None:
                 "%s: not computed, it needs images where only statistics are given", label
             )
     if args.json:
-        with whole_file(args.json) as temporary:
+        with atomic_write(args.json) as temporary:
             temporary.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -23,7 +23,7 @@ from edt.cli.build import (
 from edt.data.class_names import class_names, find_class
 from edt.sampling.generate import generate
 from edt.sampling.image_grid import captioned_grid, difference
-from edt.utils.files import make_folder, whole_file
+from edt.utils.files import atomic_write, make_folder
 
 # The release's: two sharks, sea anemone, two dogs, cat, goldfinch, magpie, titmouse.
 IMAGENET_CLASSES = (2, 3, 108, 230, 232, 281, 11, 18, 19)
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         name += "-and-without"
     path = folder / f"grid-{name}.png"
     shown = [" ".join(dict.fromkeys([str(label), names[label][0]])) for label in classes]
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         captioned_grid(images, shown, captions).save(temporary, format="png")
     print(f"rows: {'; '.join(shown)}\n{path}")
     return 0

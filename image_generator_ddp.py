@@ -30,7 +30,7 @@ from edt.models import EDT
 from edt.sampling.generate import Recipe, generate
 from edt.sampling.npz_writer import SampleArchive
 from edt.sampling.sidecar import open_sample_folder
-from edt.utils.files import whole_file
+from edt.utils.files import atomic_write
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,7 +104,7 @@ def write_pngs(folder: Path, archive: SampleArchive, indices: range) -> None:
     """
     absent = [index for index in indices if not (folder / f"{index:06d}.png").exists()]
     for index, image in zip(absent, archive.read(absent), strict=True):
-        with whole_file(folder / f"{index:06d}.png", durable=False) as temporary:
+        with atomic_write(folder / f"{index:06d}.png", durable=False) as temporary:
             Image.fromarray(image).save(temporary, format="png")
 
 
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.png:
         write_pngs(folder, archive, range(rank, args.num_images, world_size))
     if archive.finish():
-        with whole_file(folder / "labels.npy") as temporary, open(temporary, "wb") as file:
+        with atomic_write(folder / "labels.npy") as temporary, open(temporary, "wb") as file:
             np.save(
                 file, recipe.labels_of(torch.arange(args.num_images), model.num_classes).numpy()
             )

@@ -10,9 +10,7 @@ from edt.amm import modulation_matrix
 from edt.nn.attention import attention
 
 GOLDEN = {
-    name: value
-    for name, value in golden_rule.load("edt.sampling.npz_writer").items()
-    if name.startswith("amm")
+    name: value for name, value in golden_rule.load("edt.npz").items() if name.startswith("amm")
 }
 
 

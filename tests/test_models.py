@@ -12,7 +12,7 @@ from edt.models import EDT, EDT_models, EDTConfig
 from edt.nn.layers import HEAD_DIM
 from edt.utils.errors import UserError
 
-GOLDEN = golden_rule.load("edt.sampling.npz_writer")
+GOLDEN = golden_rule.load("edt.npz")
 
 
 @pytest.fixture(scope="module", params=["S", "B"])

@@ -16,7 +16,13 @@ from edt.data.features import FEATURES, LABELS, MANIFEST, sample_posterior
 from edt.data.images import center_crop, open_image_folder
 from edt.data.vae import LatentVAE, PixelVAE, latent_shape
 from edt.utils.errors import UserError
-from edt.utils.files import claim, file_sha256, read_json, whole_file, write_json
+from edt.utils.files import (
+    atomic_write,
+    file_sha256,
+    read_json,
+    write_json,
+    write_or_check_settings,
+)
 from edt.utils.randomness import integers, normal
 
 CLAIM = "extraction.json"
@@ -133,7 +139,7 @@ class Extraction:
         Raises:
             UserError: the folder holds other features, or an image cannot be read.
         """
-        claim(self.path / CLAIM, self.made_from, "give another --features-path")
+        write_or_check_settings(self.path / CLAIM, self.made_from, "give another --features-path")
         for kind in (FEATURES, LABELS) if self.config.layout == "npy" else ():
             (self.path / kind).mkdir(exist_ok=True)
         todo = [unit for unit in self.share if not all(file.exists() for file in self._files(unit))]
@@ -208,7 +214,7 @@ class Extraction:
                 for left_over in file.parent.glob(f".{file.name}.*.tmp"):  # of a killed run
                     left_over.unlink()
             with (
-                whole_file(file, durable=len(images) > 1) as temporary,
+                atomic_write(file, durable=len(images) > 1) as temporary,
                 open(temporary, "wb") as stream,
             ):
                 np.save(stream, content)
@@ -225,7 +231,7 @@ class Extraction:
             manifest = dict(self.made_from)
             if self.config.layout == "packed":
                 with (
-                    whole_file(self.path / "labels.npy") as temporary,
+                    atomic_write(self.path / "labels.npy") as temporary,
                     open(temporary, "wb") as stream,
                 ):
                     np.save(stream, self.images.labels)

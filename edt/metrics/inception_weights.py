@@ -22,7 +22,7 @@ from edt.metrics.inception_graph import (
     Unit,
 )
 from edt.utils.errors import UserError
-from edt.utils.files import file_sha256, whole_file
+from edt.utils.files import atomic_write, file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def _download(target: Path) -> None:
     mend = f"put the file from {URL} at ./{FILE_NAME} or name it with --inception"
     logger.info("downloading %s (96 MB) to %s", URL, target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(target) as temporary:
+    with atomic_write(target) as temporary:
         try:
             with urllib.request.urlopen(URL, timeout=20) as response, open(temporary, "wb") as file:
                 while block := response.read(1 << 20):
@@ -109,7 +109,7 @@ def load_weights(path: Path) -> InceptionWeights:
 
 def save_weights(weights: InceptionWeights, path: Path) -> None:
     """Write the weights as safetensors, with the hash of the file they come from."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         safetensors.numpy.save_file(
             weights.tensors, temporary, metadata={"source_sha256": weights.sha256}
         )

@@ -21,7 +21,7 @@ from edt.metrics.images import (
     read_npz,
 )
 from edt.utils.errors import UserError
-from edt.utils.files import whole_file
+from edt.utils.files import atomic_write
 
 MOMENT_NAMES = (("mu", "sigma"), ("mu_s", "sigma_s"))  # ADM's names, for pool and spatial features
 OPTIONAL_NAMES = ("features", "count", "resolution", "weights_sha256")
@@ -289,5 +289,5 @@ def write_statistics(path: Path, statistics: Statistics, **more: np.ndarray) -> 
         if getattr(statistics, name) is not None:
             arrays[name] = np.asarray(getattr(statistics, name))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)

@@ -7,7 +7,7 @@ import diffusers
 import torch
 
 import edt
-from edt.utils.files import claim
+from edt.utils.files import write_or_check_settings
 
 SIDECAR = "recipe.json"
 
@@ -24,4 +24,6 @@ def open_sample_folder(folder: Path, recipe: dict) -> None:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
-    claim(folder / SIDECAR, recipe, "give another --output-dir", notes={"versions": versions})
+    write_or_check_settings(
+        folder / SIDECAR, recipe, "give another --output-dir", notes={"versions": versions}
+    )

@@ -26,7 +26,7 @@ from edt.training.run_dir import Run
 from edt.training.step_inputs import StepDraws
 from edt.training.trainer import BatchIndices, StepReport, Trainer, batches
 from edt.utils.errors import UserError
-from edt.utils.files import whole_file
+from edt.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 QUARTILES = 4
@@ -228,7 +228,7 @@ def write_sample_grid(trainer: Trainer, vae: PixelVAE | LatentVAE, folder: Path)
         generate(trainer.ema, vae, recipe, torch.arange(len(labels)), len(labels), labels=labels)
     )
     folder.mkdir(exist_ok=True)
-    with whole_file(folder / f"{trainer.step:07d}.png") as temporary:
+    with atomic_write(folder / f"{trainer.step:07d}.png") as temporary:
         Image.fromarray(grid(done.images.unflatten(0, (rows, columns))).numpy()).save(
             temporary, format="png"
         )

@@ -27,7 +27,7 @@ from edt.checkpoints.folder import (
 )
 from edt.training.trainer import Trainer
 from edt.utils.errors import UserError
-from edt.utils.files import differences, make_folder, read_json, whole_file
+from edt.utils.files import atomic_write, differences, make_folder, read_json
 
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
@@ -218,7 +218,7 @@ class Run:
         for line in self.metrics.read_text().splitlines(keepends=True):
             with contextlib.suppress(ValueError):
                 kept += [line] if json.loads(line)["step"] <= step else []
-        with whole_file(self.metrics) as temporary:
+        with atomic_write(self.metrics) as temporary:
             temporary.write_text("".join(kept))
 
 

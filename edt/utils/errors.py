@@ -1,13 +1,9 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can fix this"."""
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used. The message is one line: the thing, and the mend.
+    """Something that the user gave cannot be used.
 
-    Scripts print the message to stderr and exit with code 2
-    (:func:`edt.cli.build.exit_on_user_error`)."""
-
-    def __str__(self) -> str:
-        # A data-loader worker hands its errors on inside a traceback's text, whose last line is the
-        # message.
-        return super().__str__().strip().rpartition("\n")[2].removeprefix(f"{__name__}.UserError: ")
+    The message is one line. It names the thing and says what to do. Scripts print it to stderr and
+    exit with code 2 (:func:`edt.cli.main.exit_on_user_error`).
+    """

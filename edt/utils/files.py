@@ -1,4 +1,4 @@
-"""Files that appear under their final name only when whole."""
+"""Files that appear under their final name only when they are complete."""
 
 import contextlib
 import errno
@@ -12,10 +12,15 @@ from edt.utils.errors import UserError
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path, durable: bool = True) -> Iterator[Path]:
-    """A temporary path to write to, beside ``path``; renamed to it on success, removed on failure.
+def atomic_write(path: str | Path, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``, and rename it to ``path`` on success.
 
-    ``durable`` waits until the disk has it first; millions of small files do without.
+    On failure the temporary file is removed and ``path`` stays as it was.
+
+    Args:
+        path: the final path.
+        durable: wait until the disk holds the content before renaming. Writers of millions of small
+            files switch this off, since each wait takes milliseconds.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -29,10 +34,10 @@ def whole_file(path: str | Path, durable: bool = True) -> Iterator[Path]:
 
 
 def make_folder(path: Path) -> Path:
-    """Make a folder and those above it, if they are not there.
+    """Make a folder and its parents, if they do not exist.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: the folder cannot be made or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -55,21 +60,22 @@ def sync(path: Path) -> None:
 
 
 def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write readable JSON, whole."""
-    with whole_file(path) as temporary:
+    """Write indented JSON atomically."""
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: str | Path) -> dict:
-    """Read a JSON file.
+    """Read a JSON object from a file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read, or holds something else.
     """
     try:
         value = json.loads(Path(path).read_text())
@@ -80,40 +86,47 @@ def read_json(path: str | Path) -> dict:
         raise UserError(f"cannot read {path} ({type(error).__name__}); is it damaged?") from None
 
 
-def claim(path: str | Path, made_from: dict, remedy: str, notes: dict | None = None) -> None:
-    """Record in a JSON file what the files beside it are made from; if it is recorded already, make
-    sure that it is the same.
+def write_or_check_settings(
+    path: str | Path, settings: dict, remedy: str, info: dict | None = None
+) -> None:
+    """Record in a JSON file the settings that the files beside it were made with.
+
+    If the file exists, compare it with these settings instead.
 
     Args:
-        notes: recorded too, but free to differ.
+        path: the JSON file.
+        settings: what the files depend on.
+        remedy: what the user should do where the settings differ; ends the message.
+        info: recorded too, and never compared.
 
     Raises:
-        UserError: it is something else, naming the fields that differ and the ``remedy``.
+        UserError: the recorded settings differ; the message names the fields.
     """
-    path, made_from = Path(path), json.loads(json.dumps(made_from))  # as it will be read back
+    path, settings = Path(path), json.loads(json.dumps(settings))  # as it will be read back
     if not path.exists():
         make_folder(path.parent)
-        write_json(path, {**made_from, **(notes or {})})
+        write_json(path, {**settings, **(info or {})})
         return
     found = read_json(path)
-    differing = differences({name: found.get(name) for name in made_from}, made_from)
+    differing = differences({name: found.get(name) for name in settings}, settings)
     if differing:
-        raise UserError(f"{path.parent} was made otherwise ({differing}); {remedy}")
+        raise UserError(f"{path.parent} was made with different settings ({differing}); {remedy}")
 
 
-def differences(there: dict, here: dict) -> str:
-    """ "name: there -> here" of the values that differ; "" if none do."""
-    names = [name for name in there | here if there.get(name) != here.get(name)]
-    return ", ".join(_difference(name, there.get(name), here.get(name)) for name in names)
+def differences(old: dict, new: dict) -> str:
+    """Describe the values that differ as "name: old -> new, ..."; "" if none do."""
+    names = [name for name in old | new if old.get(name) != new.get(name)]
+    return ", ".join(_difference(name, old.get(name), new.get(name)) for name in names)
 
 
 def _difference(name: str, old: object, new: object) -> str:
-    long = [isinstance(value, list | tuple) and len(value) > 8 for value in (old, new)]
-    if all(long) and len(old) == len(new):
-        i = next(i for i, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
-        return _difference(f"{name}[{i}]", old[i], new[i])
-    old, new = (
-        f"{len(value)} values" if cut else value
-        for value, cut in zip((old, new), long, strict=True)
-    )
-    return f"{name}: {old} -> {new}"
+    """One difference; of two long lists of one length, the first entry that differs."""
+    long_old = isinstance(old, list | tuple) and len(old) > 8
+    long_new = isinstance(new, list | tuple) and len(new) > 8
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple) and long_old and long_new:
+        for i, (a, b) in enumerate(zip(old, new, strict=False)):
+            if a != b and len(old) == len(new):
+                return _difference(f"{name}[{i}]", a, b)
+    old_text = f"{len(old)} values" if isinstance(old, list | tuple) and long_old else old
+    new_text = f"{len(new)} values" if isinstance(new, list | tuple) and long_new else new
+    return f"{name}: {old_text} -> {new_text}"
