@@ -1,72 +1,149 @@
 """Attention Modulation Matrix (AMM): the paper's training-free switch that makes attention local.
 
-A modulated block computes ``(softmax(q k^T / sqrt(d) + bias) * M) v``: ``M`` multiplies the
-attention *after* the softmax, with no renormalisation, and only at inference. ``M`` falls with the
-Euclidean distance between two tokens and is zero beyond a radius. This module knows grids and
-distances only; :meth:`edt.models.EDT.set_amm` hands the matrices to the blocks."""
+A modulated block computes ``(softmax(q k^T / sqrt(d) + bias) * M) v``. ``M`` multiplies the attention
+weights *after* the softmax, without renormalisation, and only at inference. ``M`` falls with the
+Euclidean distance between two tokens and is zero beyond a radius.
+
+This file has three parts: the gain as a function of distance, the placements that the paper found,
+and the function that hands matrices to attention modules.
+"""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
+from edt.nn.layers import Attention
+from edt.utils.choices import check_choice
 from edt.utils.errors import UserError
 
-FORMS = ("256", "512")
+AMMForm = Literal["256", "512"]
+AMM_FORMS: dict[AMMForm, str] = {
+    "256": "0.5 exp(cos(2 pi d / T)), the paper's",
+    "512": "1.3 cos(2 pi d / T), the release's for images of 512 pixels and more",
+}
+
+# ---------------------------------------------------------------------------------------------
+# The matrix
+
+
+def paper_radius(grid_size: int) -> float:
+    """The best radius of the paper's Table 10, in tokens: sqrt((N - 1)^2 + 4) on N x N tokens."""
+    return math.sqrt((grid_size - 1) ** 2 + 4)
+
+
+def modulation_matrix(
+    grid_size: int, form: AMMForm = "256", radius: float | None = None
+) -> torch.Tensor:
+    """The modulation of every pair of tokens on a square grid.
+
+    Let N be the grid size, d the distance of two tokens, T = 4 (N - 1) sqrt(2) the period (four
+    times the largest distance) and R the radius. Form "256" is 0.5 exp(cos(2 pi d / T)), form "512"
+    is 1.3 cos(2 pi d / T). Both are 0 where d > R.
+
+    Args:
+        grid_size: tokens per side, N. A single token has a matrix of ones.
+        form: see :data:`AMM_FORMS`.
+        radius: R in tokens; None takes :func:`paper_radius`.
+
+    Returns:
+        (N^2, N^2) float32, symmetric.
+
+    Raises:
+        UserError: unknown form, or a radius that is negative or not finite.
+    """
+    check_choice("AMM form", form, AMMForm)
+    radius = paper_radius(grid_size) if radius is None else radius
+    if not 0 <= radius < math.inf:
+        raise UserError(f"AMM radius must be a number of tokens, 0 or more, got {radius}")
+    if grid_size == 1:
+        return torch.ones(1, 1)
+    token = torch.arange(grid_size)
+    row, column = torch.meshgrid(token, token, indexing="ij")
+    row, column = row.flatten(), column.flatten()
+    squared = (row[:, None] - row).square() + (column[:, None] - column).square()
+    # Squared distances are integers, so comparing them with an integer is exact. Pairs whose
+    # distance equals the radius exist; they are inside.
+    squared_limit = math.floor(radius * radius + 1e-6)
+    phase = 2 * math.pi * squared.double().sqrt() / (4 * (grid_size - 1) * math.sqrt(2))
+    gain = 0.5 * phase.cos().exp() if form == "256" else 1.3 * phase.cos()
+    return gain.masked_fill(squared > squared_limit, 0.0).float()
+
+
+# ---------------------------------------------------------------------------------------------
+# Where to put it
 
 
 class Placement(NamedTuple):
-    """Which blocks (0-based) "auto" modulates. Data of a model preset; the paper tunes it per
-    model.
-    """
+    """The blocks (0-based) that ``set_amm("auto")`` modulates, as the paper tuned them per model."""
 
     low_cfg: tuple[int, ...]  # guidance scale below 2
     high_cfg: tuple[int, ...]  # guidance scale 2 and above
-    at_512: tuple[int, ...] | None = None  # 512-pixel models, any scale; None: as at 256 pixels
+    at_512: tuple[int, ...] | None = None  # 512-pixel models at any scale; None: as at 256 pixels
+
+
+def auto_blocks(
+    placement: Placement | None, cfg_scale: float, for_512_pixels: bool
+) -> tuple[int, ...]:
+    """The blocks of a placement for a guidance scale and a resolution.
+
+    Raises:
+        UserError: no placement is known.
+    """
+    if placement is None:
+        raise UserError(
+            "no AMM placement is known for this layout; name the blocks with --amm-blocks, e.g. 7,10"
+        )
+    if for_512_pixels and placement.at_512 is not None:
+        return placement.at_512
+    return placement.low_cfg if cfg_scale < 2 else placement.high_cfg
+
+
+# ---------------------------------------------------------------------------------------------
+# Switching it on
 
 
 class Modulation(NamedTuple):
-    """What acts on one block, nothing left to a default."""
+    """The modulation of one block, with every default resolved."""
 
     block: int  # 0-based
-    form: str
+    form: AMMForm
     radius: float  # tokens of the block's grid
 
 
-def paper_radius(grid: int) -> float:
-    """The paper's best radius on ``grid`` x ``grid`` tokens, in tokens."""
-    return math.sqrt((grid - 1) ** 2 + 4)
-
-
-def modulation_matrix(grid: int, form: str = "256", radius: float | None = None) -> torch.Tensor:
-    """Modulation of every pair of tokens on a ``grid`` x ``grid`` map.
-
-    With d the distance of two tokens, T = 4 (grid - 1) sqrt(2) and R the radius: form "256" is 0.5
-    exp(cos(2 pi d / T)), form "512" is 1.3 cos(2 pi d / T); both are 0 where d > R.
+def modulate_attention(
+    attention_blocks: Sequence[Attention],
+    blocks: Sequence[int],
+    form: AMMForm,
+    radius: float | None = None,
+) -> tuple[Modulation, ...]:
+    """Give some attention modules a modulation matrix, and take it from all others.
 
     Args:
-        grid: tokens per side. A single token gives a matrix of ones.
-        form: "256" (the paper's) or "512" (the release's, for 512-pixel images).
-        radius: R in tokens; None is :func:`paper_radius`.
+        attention_blocks: the attention modules of a network, by block number.
+        blocks: the blocks to modulate, 0-based; empty switches AMM off.
+        form: see :data:`AMM_FORMS`.
+        radius: in tokens; None takes the paper's radius of each block's grid.
 
     Returns:
-        (grid^2, grid^2) float32, symmetric.
+        What each block in ``blocks`` now does.
 
     Raises:
-        UserError: unknown form, or a radius below 0 or not finite.
+        UserError: a block does not exist, or form or radius are impossible; nothing is changed.
     """
-    if form not in FORMS:
-        raise UserError(f"unknown AMM form {form!r}; choose one of {', '.join(FORMS)}")
-    radius = paper_radius(grid) if radius is None else radius
-    if not 0 <= radius < math.inf:
-        raise UserError(f"AMM radius must be a number of tokens, 0 or more, got {radius}")
-    if grid == 1:
-        return torch.ones(1, 1)
-    row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    row, column = row.flatten(), column.flatten()
-    squared = (row[:, None] - row).square() + (column[:, None] - column).square()
-    # Compared as integers: distances that equal the radius exist, and are inside.
-    limit = math.floor(radius * radius + 1e-6)
-    phase = 2 * math.pi * squared.double().sqrt() / (4 * (grid - 1) * math.sqrt(2))
-    gain = 0.5 * phase.cos().exp() if form == "256" else 1.3 * phase.cos()
-    return gain.masked_fill(squared > limit, 0.0).float()
+    last = len(attention_blocks) - 1
+    for block in blocks:
+        if not 0 <= block <= last:
+            raise UserError(f"AMM block {block} does not exist; the model has blocks 0 to {last}")
+    modulations, matrices = [], {}
+    for block in blocks:
+        grid_size = attention_blocks[block].grid_size
+        block_radius = paper_radius(grid_size) if radius is None else radius
+        matrices[block] = modulation_matrix(grid_size, form, block_radius)
+        modulations.append(Modulation(block, form, block_radius))
+    for block, attention in enumerate(attention_blocks):
+        matrix = matrices.get(block)
+        device = attention.proj.weight.device
+        attention.amm_matrix = None if matrix is None else matrix.to(device)
+    return tuple(modulations)

@@ -1,81 +1,79 @@
-"""The EDT network: an encoder-decoder diffusion transformer on latents (paper, section 3.1 and
-Figure 3).
+"""The EDT network: an encoder-decoder diffusion transformer (paper, section 3.1 and Figure 3).
 
-Masks, labels and noise come in from outside: nothing here draws a random number after
-initialisation. State-dict names and shapes are those of the authors' released checkpoints."""
+Masks, labels and noise are inputs: nothing here draws a random number after initialisation.
+State-dict names and shapes are those of the authors' released checkpoints.
+"""
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import PatchEmbed
 from torch import nn
 
-from edt.amm import Modulation, Placement, modulation_matrix, paper_radius
+from edt.amm import AMMForm, Modulation, Placement, auto_blocks, modulate_attention
 from edt.masking import TokenMasks
-from edt.nn.attention import PATHS
 from edt.nn.layers import (
-    HEAD_DIM,
+    Attention,
     Block,
     DownSample,
     FinalLayer,
     LabelEmbedder,
     LongSkip,
+    RelativePositionBias,
     TimestepEmbedder,
     UpSample,
     sincos_table,
 )
+from edt.nn.transformer import DiffusionTransformer, guide
 from edt.utils.errors import UserError
+
+HEAD_DIM = 52  # head width in every stage of every size of EDT
 
 
 @dataclasses.dataclass(frozen=True)
 class EDTConfig:
     """Everything that fixes the network; saved as JSON beside the weights."""
 
+    family: ClassVar[str] = "EDT"
+
     input_size: int = 32
     """Side of the square latent."""
     in_channels: int = 4
-    """Latent channels; the output has twice as many, noise and variance range."""
+    """Latent channels; the output has twice as many, for noise and variance range."""
     num_classes: int = 1000
     """Classes besides the null class; 0 is unconditional."""
     patch_size: int = 2
     depths: tuple[int, ...] = (2, 2, 2, 3, 3)
     """Blocks of the five stages."""
-    heads: tuple[int, ...] = (6, 8, 10)
-    """Heads of stages 1, 2 and 3, each 52 wide; stages 4 and 5 mirror 2 and 1, as the long skips
-    require.
-    """
+    num_heads: tuple[int, ...] = (6, 8, 10)
+    """Heads of stages 1, 2 and 3. Stages 4 and 5 mirror 2 and 1, as the long skips require."""
     tie: bool = True
     """Token information enhancement: AdaLN in down-sampling and long skips (paper, Table 4)."""
     pes: bool = True
     """Positional encoding supplement: a position table added after them (paper, Table 4)."""
     mid_mask_block: int | None = None
-    """Block of stage 1 in front of which TokenMasks.mid acts (released EDT-XL: 4)."""
+    """Block of stage 1 before which TokenMasks.mid acts (released EDT-XL: 4)."""
     amm: Placement | None = None
     """Blocks that set_amm("auto") modulates; None where no placement is known."""
+    image_size: int | None = None
+    """Pixels per side of the images that the model was made for; None where it is not recorded."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "depths", tuple(self.depths))
-        object.__setattr__(self, "heads", tuple(self.heads))
-        if self.amm is not None:
-            low, high, at_512 = self.amm
-            object.__setattr__(
-                self,
-                "amm",
-                Placement(tuple(low), tuple(high), None if at_512 is None else tuple(at_512)),
-            )
-        if (
-            len(self.depths) != 5
-            or len(self.heads) != 3
-            or min(self.depths) < 1
-            or min(self.heads) < 1
-        ):
-            raise UserError(
-                f"EDT has five depths and three head counts of at least 1, got {self.depths}, {self.heads}"
-            )
+        object.__setattr__(self, "num_heads", tuple(self.num_heads))
+        if self.amm is not None:  # JSON gives lists
+            low_cfg, high_cfg, at_512 = self.amm
+            at_512 = None if at_512 is None else tuple(at_512)
+            object.__setattr__(self, "amm", Placement(tuple(low_cfg), tuple(high_cfg), at_512))
+        if len(self.depths) != 5 or min(self.depths) < 1:
+            raise UserError(f"EDT has five depths of at least 1, got {self.depths}")
+        if len(self.num_heads) != 3 or min(self.num_heads) < 1:
+            raise UserError(f"EDT has three head counts of at least 1, got {self.num_heads}")
         if self.input_size < 1 or self.input_size % (4 * self.patch_size):
             raise UserError(
                 f"latent side {self.input_size} is not supported with patch size {self.patch_size}: "
@@ -85,112 +83,123 @@ class EDTConfig:
             raise UserError(f"number of classes must be 0 or more, got {self.num_classes}")
         if self.mid_mask_block is not None and not 0 <= self.mid_mask_block < self.depths[0]:
             raise UserError(
-                f"mid_mask_block {self.mid_mask_block} is not a block of stage 1 ({self.depths[0]} blocks)"
+                f"mid_mask_block {self.mid_mask_block} does not exist; "
+                f"stage 1 has blocks 0 to {self.depths[0] - 1}"
             )
 
     @property
-    def grid(self) -> int:
+    def grid_size(self) -> int:
         """Tokens per side in stage 1."""
         return self.input_size // self.patch_size
 
+    @property
+    def for_512_pixels(self) -> bool:
+        """Whether AMM takes its 512-pixel form and placement.
+
+        Without a recorded image size, latents of more than 3 channels are taken to be the SD-VAE's,
+        which has 8 pixels to one; latents of up to 3 channels are the pixels themselves.
+        """
+        pixels_per_latent = 8 if self.in_channels > 3 else 1
+        image_size = self.image_size or pixels_per_latent * self.input_size
+        return image_size >= 512
+
+    def with_width_of(self, other: "EDTConfig") -> "EDTConfig":
+        """This configuration with the stage widths and the patch size of another."""
+        return dataclasses.replace(self, num_heads=other.num_heads, patch_size=other.patch_size)
+
     @classmethod
-    def from_dict(cls, values: dict) -> "EDTConfig":
-        """Inverse of ``dataclasses.asdict``; an unknown key is an error."""
+    def from_dict(cls, values: Mapping[str, Any]) -> "EDTConfig":
+        """Inverse of ``dataclasses.asdict``; reads the older key "heads" too.
+
+        Raises:
+            UserError: a key is unknown.
+        """
+        values = {"num_heads" if key == "heads" else key: value for key, value in values.items()}
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
-            raise UserError(
-                f"unknown model configuration {', '.join(sorted(unknown))}; is it from a newer version?"
-            )
+            names = ", ".join(sorted(unknown))
+            raise UserError(f"unknown model configuration {names}; is it from a newer version?")
         return cls(**values)
 
     @classmethod
-    def from_state_dict(cls, weights: dict[str, torch.Tensor]) -> "EDTConfig":
+    def from_state_dict(cls, weights: Mapping[str, torch.Tensor]) -> "EDTConfig":
         """Read the configuration off the tensors of a checkpoint that carries none.
-
-        Neighbouring stages differ in width and grid, so runs of equal (qkv width, bias table) are
-        the stages.
 
         Raises:
             UserError: these are not the tensors of an EDT.
         """
         try:
             width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
-            blocks = 1 + max(
-                int(name.split(".")[1]) for name in weights if name.startswith("blocks.")
-            )
-            kinds = [
-                (
-                    weights[f"blocks.{i}.attn.qkv.weight"].shape[1],
-                    weights[f"blocks.{i}.attn.rel_pos_bias.relative_position_bias_table"].shape[0],
-                )
-                for i in range(blocks)
-            ]
-            stages = [(kind[0], len(list(run))) for kind, run in itertools.groupby(kinds)]
+            last_block = max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+            # Neighbouring stages differ in width and in grid, so each run of equal (width of qkv,
+            # length of bias table) is a stage.
+            kinds = []
+            for block in range(last_block + 1):
+                attention = f"blocks.{block}.attn"
+                table = weights[f"{attention}.rel_pos_bias.relative_position_bias_table"]
+                kinds.append((weights[f"{attention}.qkv.weight"].shape[1], table.shape[0]))
             tokens = weights["pos_embed"].shape[1]
             num_classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"the checkpoint is not an EDT: {error} is missing or misshapen"
+                f"the checkpoint is not an EDT: {error} is missing or has another shape"
             ) from None
-        layout = {
-            "heads": tuple(w // HEAD_DIM for w, _ in stages[:3]),
-            "depths": tuple(depth for _, depth in stages),
-        }
-        known = [preset for preset in PRESETS.values() if preset["heads"] == layout["heads"]]
-        exact = [preset for preset in known if preset["depths"] == layout["depths"]]
-        mid = next((preset.get("mid_mask_block") for preset in exact + known), None)
+        stages = [(kind[0], len(list(run))) for kind, run in itertools.groupby(kinds)]
+        num_heads = tuple(stage_width // HEAD_DIM for stage_width, _ in stages[:3])
+        depths = tuple(depth for _, depth in stages)
         return cls(
             input_size=math.isqrt(tokens) * patch_size,
             in_channels=in_channels,
             num_classes=num_classes,
             patch_size=patch_size,
+            depths=depths,
+            num_heads=num_heads,
             tie="down_blocks.0.adaLN_modulation.1.weight" in weights,
             pes="down_blocks.0.pos_embed" in weights,
-            mid_mask_block=mid if mid is not None and mid < layout["depths"][0] else None,
-            amm=exact[0]["amm"] if exact else None,
-            **layout,
+            **_preset_of_layout(num_heads, depths),
         )
 
 
-class EDT(nn.Module):
+class EDT(DiffusionTransformer):
     """Efficient Diffusion Transformer: predicts noise and variance range of a noised latent.
 
-    ``c`` below is the condition, timestep plus label embedding, (B, D) with D the width of stage 1.
+    In the comments, c is the condition (timestep plus label embedding), D its width, w1 to w3 are
+    the stages' widths and T is the number of stage-1 tokens.
 
     Attributes:
         modulations: the AMM in use, as :meth:`set_amm` left it.
     """
 
-    def __init__(self, config: EDTConfig):
+    config: EDTConfig
+    pos_embed: torch.Tensor  # (1, T, w1)
+    passes_fit_one_batch = True
+
+    def __init__(self, config: EDTConfig) -> None:
         super().__init__()
-        self.modulations: tuple[Modulation, ...] = ()
         self.config = config
-        self.in_channels, self.num_classes = config.in_channels, config.num_classes
-        grid, tie_pes = config.grid, (config.tie, config.pes)
-        w1, w2, w3 = (HEAD_DIM * heads for heads in config.heads)
+        self.modulations: tuple[Modulation, ...] = ()
+        grid, tie, pes = config.grid_size, config.tie, config.pes
+        grids = (grid, grid // 2, grid // 4, grid // 2, grid)
+        heads1, heads2, heads3 = config.num_heads
+        w1, w2, w3 = (HEAD_DIM * heads for heads in config.num_heads)
+
         self.x_embedder = PatchEmbed(config.input_size, config.patch_size, config.in_channels, w1)
         self.t_embedder = TimestepEmbedder(w1)
         self.y_embedder = LabelEmbedder(config.num_classes, w1)
         self.register_buffer("pos_embed", sincos_table(w1, grid))
-        stages = zip(
-            config.depths,
-            (w1, w2, w3, w2, w1),
-            (grid, grid // 2, grid // 4, grid // 2, grid),
-            strict=True,
-        )
-        self.blocks = nn.ModuleList(
-            Block(width, side, w1) for depth, width, side in stages for _ in range(depth)
-        )
-        self.down_blocks = nn.ModuleList(
-            [
-                DownSample(w1, w2, w1, grid // 2, *tie_pes),
-                DownSample(w2, w3, w1, grid // 4, *tie_pes),
-            ]
-        )
+        self.blocks = nn.ModuleList()
+        stage_heads = (heads1, heads2, heads3, heads2, heads1)
+        for depth, heads, side in zip(config.depths, stage_heads, grids, strict=True):
+            for _ in range(depth):
+                bias = RelativePositionBias(side, heads)
+                self.blocks.append(Block(HEAD_DIM * heads, heads, w1, side, bias))
+        down1 = DownSample(w1, w2, w1, grid // 2, tie, pes)
+        down2 = DownSample(w2, w3, w1, grid // 4, tie, pes)
+        self.down_blocks = nn.ModuleList([down1, down2])
         self.up_blocks = nn.ModuleList([UpSample(w3, w2), UpSample(w2, w1)])
-        self.concat_blocks = nn.ModuleList(
-            [LongSkip(w2, w1, grid // 2, *tie_pes), LongSkip(w1, w1, grid, *tie_pes)]
-        )
+        skip1 = LongSkip(w2, w1, grid // 2, tie, pes)
+        skip2 = LongSkip(w1, w1, grid, tie, pes)
+        self.concat_blocks = nn.ModuleList([skip1, skip2])
         self.final_layer = FinalLayer(w1, config.patch_size, 2 * config.in_channels, w1)
         self._initialize()
 
@@ -207,9 +216,9 @@ class EDT(nn.Module):
             x: noised latents, (B, C, S, S).
             t: timesteps of the 1000-step process, (B,).
             y: class labels, (B,) int; the null class is ``num_classes``, and None means it for all.
-            masks: hide tokens inside the down-sampling modules (training's masked pass). Masks of k
-                B rows put every image through k times, as if the batch had been repeated; what
-                comes before the first mask is the same for all k and is computed once.
+            masks: hide tokens inside the down-sampling modules (training's masked pass). Masks of
+                k B rows put every image through k times, as if the batch had been repeated. The
+                layers before the first mask give the same result for all k and run once.
 
         Returns:
             (B, 2C, S, S), or (k B, 2C, S, S): noise, then variance range.
@@ -218,21 +227,21 @@ class EDT(nn.Module):
         if y is None:
             y = torch.full_like(t, self.num_classes, dtype=torch.long)
         # fmt: off
-        c = self.t_embedder(t) + self.y_embedder(y)                             # (B, D)
-        x = embedded = self.x_embedder(x) + self.pos_embed                      # (B, T, w1)
-        x = self._stage(0, x, c, stop=self._first_mask)                         # (B, T, w1)
-        x, embedded, c = keep.fork(x, embedded, c)                              # B is k B from here on
-        x = self._hide(x, keep.mid)                                             # (B, T, w1)
-        x = self._stage(0, x, c, start=self._first_mask)                        # (B, T, w1)
-        x = reduced = self.down_blocks[0](x, c, keep.down0)                     # (B, T/4, w2)
-        x = self._stage(1, x, c)                                                # (B, T/4, w2)
-        x = self.down_blocks[1](x, c, keep.down1)                               # (B, T/16, w3)
-        x = self._stage(2, x, c)                                                # (B, T/16, w3)
-        x = self.concat_blocks[0](self.up_blocks[0](x), reduced, c)             # (B, T/4, w2)
-        x = self._stage(3, x, c)                                                # (B, T/4, w2)
-        x = self.concat_blocks[1](self.up_blocks[1](x), embedded, c)            # (B, T, w1)
-        x = self._stage(4, x, c)                                                # (B, T, w1)
-        return self.final_layer(x, c)                                           # (B, 2C, S, S)
+        c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
+        x = embedded = self.x_embedder(x) + self.pos_embed                  # (B, T, w1)
+        x = self._stage(0, x, c, stop=self._first_mask)                     # (B, T, w1)
+        x, embedded, c = keep.repeat_rows(x, embedded, c)                   # B is k B from here on
+        x = self._hide(x, keep.mid)                                         # (B, T, w1)
+        x = self._stage(0, x, c, start=self._first_mask)                    # (B, T, w1)
+        x = reduced = self.down_blocks[0](x, c, keep.down0)                 # (B, T/4, w2)
+        x = self._stage(1, x, c)                                            # (B, T/4, w2)
+        x = self.down_blocks[1](x, c, keep.down1)                           # (B, T/16, w3)
+        x = self._stage(2, x, c)                                            # (B, T/16, w3)
+        x = self.concat_blocks[0](self.up_blocks[0](x), reduced, c)         # (B, T/4, w2)
+        x = self._stage(3, x, c)                                            # (B, T/4, w2)
+        x = self.concat_blocks[1](self.up_blocks[1](x), embedded, c)        # (B, T, w1)
+        x = self._stage(4, x, c)                                            # (B, T, w1)
+        return self.final_layer(x, c)                                       # (B, 2C, S, S)
         # fmt: on
 
     def forward_with_cfg(
@@ -244,104 +253,70 @@ class EDT(nn.Module):
         *,
         channels: int | None = None,
     ) -> torch.Tensor:
-        """Classifier-free guidance, eps_uncond + s (eps_cond - eps_uncond), on the first 3 of 4
-        noise channels.
-
-        The release guides 3 channels of its 4; latents with another number of channels are guided
-        in all. The remaining channels come from the conditional half. Scale 1 is the conditional
-        forward itself.
-
-        Args:
-            x, t, y: as in :meth:`forward`, one row an image.
-            cfg_scale: guidance scale s.
-            channels: how many noise channels are guided, the first ones; None is as said.
-
-        Returns:
-            (B, 2C, S, S).
-        """
+        """Predict with classifier-free guidance; see DiffusionTransformer."""
         if cfg_scale == 1 or y is None:
             return self(x, t, y)
-        null = torch.full_like(y, self.num_classes)
-        cond, uncond = self(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
-        if channels is None:
-            channels = 3 if self.in_channels == 4 else self.in_channels
-        eps = uncond[:, :channels] + cfg_scale * (cond[:, :channels] - uncond[:, :channels])
-        return torch.cat([eps, cond[:, channels:]], dim=1)
+        labels = torch.cat([y, torch.full_like(y, self.num_classes)])
+        return guide(self(torch.cat([x, x]), torch.cat([t, t]), labels), cfg_scale, channels)
+
+    def attention_blocks(self) -> list[Attention]:
+        """The attention module of every block, by block number."""
+        return [block.attn for block in self._blocks()]
+
+    def compilable_modules(self) -> list[nn.Module]:
+        """The transformer blocks."""
+        return list(self.blocks)
 
     def set_amm(
         self,
         blocks: str | Sequence[int] | None,
         *,
-        form: str | None = None,
+        form: AMMForm | None = None,
         radius: float | None = None,
         cfg_scale: float = 1.0,
     ) -> tuple[int, ...]:
         """Modulate the attention of some blocks (see edt.amm), or of none. Off after construction.
 
         Args:
-            blocks: None switches AMM off; "auto" takes the preset's placement for the resolution
-                and ``cfg_scale``; otherwise 0-based block indices.
+            blocks: None switches AMM off. "auto" takes the placement that is known for the model's
+                size, its resolution and ``cfg_scale``. A sequence gives 0-based block indices.
             form: "256" or "512"; None follows the resolution.
-            radius: in tokens; None is the paper's.
+            radius: in tokens; None takes the paper's.
             cfg_scale: guidance scale that "auto" follows.
 
         Returns:
-            The blocks now modulated.
+            The blocks that are modulated now.
 
         Raises:
-            UserError: no such block, or "auto" without a known placement.
+            UserError: a block does not exist, or "auto" has no known placement.
         """
-        at_512 = self.config.input_size >= 64
-        if blocks is None:
-            blocks = ()
-        elif blocks == "auto":
-            blocks = self._auto_blocks(cfg_scale, at_512)
-        form = form or ("512" if at_512 else "256")
-        wrong = [i for i in blocks if not 0 <= i < len(self.blocks)]
-        if wrong:
-            raise UserError(
-                f"AMM block {wrong[0]} does not exist; the model has blocks 0 to {len(self.blocks) - 1}"
-            )
-        biases = [block.attn.rel_pos_bias for block in self.blocks]
-        radii = {i: paper_radius(biases[i].grid) if radius is None else radius for i in blocks}
-        matrices = {i: modulation_matrix(biases[i].grid, form, radii[i]) for i in blocks}
-        for i, block in enumerate(self.blocks):
-            block.attn.modulation = (
-                matrices[i].to(biases[i].relative_position_bias_table) if i in matrices else None
-            )
-        self.modulations = tuple(Modulation(i, form, radii[i]) for i in blocks)
-        return tuple(blocks)
-
-    def set_attention(self, path: str) -> None:
-        """How attention is computed: a key of edt.nn.attention.PATHS."""
-        if path not in PATHS:
-            raise UserError(f"unknown attention path {path!r}; choose one of {', '.join(PATHS)}")
-        for block in self.blocks:
-            block.attn.path = path
-
-    def _auto_blocks(self, cfg_scale: float, at_512: bool) -> tuple[int, ...]:
-        placement = self.config.amm
-        if placement is None:
-            raise UserError(
-                "no AMM placement is known for this layout; name the blocks with --amm-blocks, e.g. 7,10"
-            )
-        if at_512 and placement.at_512 is not None:
-            return placement.at_512
-        return placement.low_cfg if cfg_scale < 2 else placement.high_cfg
+        for_512_pixels = self.config.for_512_pixels
+        if isinstance(blocks, str):
+            if blocks != "auto":
+                raise UserError(f"AMM blocks are None, 'auto' or block numbers, got {blocks!r}")
+            blocks = auto_blocks(self.config.amm, cfg_scale, for_512_pixels)
+        form = form or ("512" if for_512_pixels else "256")
+        self.modulations = modulate_attention(self.attention_blocks(), blocks or (), form, radius)
+        return tuple(modulation.block for modulation in self.modulations)
 
     @property
     def _first_mask(self) -> int:
         """How many blocks of stage 1 come before any mask."""
-        return (
-            self.config.depths[0]
-            if self.config.mid_mask_block is None
-            else self.config.mid_mask_block
-        )
+        block = self.config.mid_mask_block
+        return self.config.depths[0] if block is None else block
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     def _stage(
-        self, stage: int, x: torch.Tensor, c: torch.Tensor, start: int = 0, stop: int | None = None
+        self,
+        stage: int,
+        x: torch.Tensor,
+        c: torch.Tensor,
+        start: int = 0,
+        stop: int | None = None,
     ) -> torch.Tensor:
-        """Blocks ``start`` to ``stop`` of a stage."""
+        """Run blocks ``start`` to ``stop`` of a stage."""
         first = sum(self.config.depths[:stage])
         blocks = list(self.blocks)[first : first + self.config.depths[stage]]
         for block in blocks[start:stop]:
@@ -349,79 +324,95 @@ class EDT(nn.Module):
         return x
 
     def _hide(self, x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-        """EDT-XL's mask inside stage 1: a hidden token keeps its position only."""
+        """EDT-XL's mask inside stage 1: a hidden token keeps its position embedding only."""
         if keep is None or self.config.mid_mask_block is None:
             return x
         keep = keep.unsqueeze(-1).to(x.dtype)
         return x * keep + self.pos_embed * (1 - keep)
 
     def _initialize(self) -> None:
-        """DiT's initialisation; the AdaLN of down-sampling and long skips are, as in the release,
-        not zeroed.
-        """
+        """Initialise as DiT does, with the additions of the release."""
+        # Linear layers: Xavier uniform, zero bias.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        # Patch embedding: the convolution as the linear layer that it is.
         patch = self.x_embedder.proj
         nn.init.xavier_uniform_(patch.weight.view(len(patch.weight), -1))
+        assert patch.bias is not None
         nn.init.zeros_(patch.bias)
+        # Label table and timestep MLP: normal with standard deviation 0.02.
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for index in (0, 2):
-            nn.init.normal_(self.t_embedder.mlp[index].weight, std=0.02)
-        for block in self.blocks:
-            nn.init.trunc_normal_(block.attn.rel_pos_bias.relative_position_bias_table, std=0.02)
-        for module in (
-            *(block.adaLN_modulation[1] for block in self.blocks),
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+        for layer in self.t_embedder.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        # Position biases: truncated normal with standard deviation 0.02.
+        for attention in self.attention_blocks():
+            assert isinstance(attention.rel_pos_bias, RelativePositionBias)
+            table = attention.rel_pos_bias.relative_position_bias_table
+            nn.init.trunc_normal_(table, std=0.02)
+        # adaLN-Zero: every block begins as the identity, and the output begins at zero. The AdaLN
+        # of down-sampling and long skips is not zeroed, as in the release.
+        zeroed: list[nn.Module] = [block.adaLN_modulation for block in self._blocks()]
+        zeroed += [self.final_layer.adaLN_modulation, self.final_layer.linear]
+        for module in zeroed:
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
 
-# Model sizes. Parameters and multiply-accumulates (the paper's "GFLOPs") at 256 px are pinned by
-# tests/test_models.py. Published: S 38.32 M, 2.66 G; B 152.2 M, 10.20 G; XL 708.44 M, 51.83 G,
-# which the released XL layout does not have and the "-paper" layout does.
+# ---------------------------------------------------------------------------------------------
+# Sizes. Parameters and multiply-accumulates (the paper's "GFLOPs") at 256 pixels are pinned by
+# tests/test_models.py. Published: S 38.32 M, 2.66 G; B 152.2 M, 10.20 G; XL 708.44 M, 51.83 G. The
+# released XL layout does not have the published XL totals; the layout "-paper" does.
+
 _SMALL_AMM = Placement(low_cfg=(7, 10), high_cfg=(8,), at_512=(10,))
 _XL_AMM = Placement(low_cfg=(23, 25), high_cfg=(24,))
-_XL = {"heads": (18, 24, 30), "patch_size": 2, "mid_mask_block": 4, "amm": _XL_AMM}
-PRESETS: dict[str, dict] = {
-    "EDT-S/2": {"heads": (6, 8, 10), "depths": (2, 2, 2, 3, 3), "patch_size": 2, "amm": _SMALL_AMM},
-    "EDT-B/2": {
-        "heads": (12, 16, 20),
-        "depths": (2, 2, 2, 3, 3),
-        "patch_size": 2,
-        "amm": _SMALL_AMM,
-    },
+_TINY_AMM = Placement(low_cfg=(4, 6), high_cfg=(4,))  # by analogy: last blocks of stages 4 and 5
+
+_S = {"num_heads": (6, 8, 10), "depths": (2, 2, 2, 3, 3), "patch_size": 2, "amm": _SMALL_AMM}
+_B = {**_S, "num_heads": (12, 16, 20)}
+_XL = {"num_heads": (18, 24, 30), "patch_size": 2, "mid_mask_block": 4, "amm": _XL_AMM}
+# EDT-Tiny serves the demo and the tests: it trains in minutes on a CPU.
+_TINY = {"num_heads": (2, 3, 4), "depths": (1, 1, 1, 2, 2), "patch_size": 2, "amm": _TINY_AMM}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "EDT-S/2": _S,
+    "EDT-B/2": _B,
     "EDT-XL/2": {**_XL, "depths": (6, 4, 4, 7, 7)},
     "EDT-XL/2-paper": {**_XL, "depths": (5, 5, 4, 7, 7)},
-    # For the demo and the tests: a few minutes on a CPU. Placement by analogy: the last block of
-    # stages 4 and 5.
-    "EDT-Tiny/2": {
-        "heads": (2, 3, 4),
-        "depths": (1, 1, 1, 2, 2),
-        "patch_size": 2,
-        "amm": Placement((4, 6), (4,)),
-    },
+    "EDT-Tiny/2": _TINY,
 }
 
 
-def _build(
-    preset: dict, input_size: int = 32, in_channels: int = 4, num_classes: int = 1000, **config
+def _create(
+    preset: dict[str, Any],
+    input_size: int = 32,
+    in_channels: int = 4,
+    num_classes: int = 1000,
+    **config: Any,
 ) -> EDT:
-    if (
-        "depths" in config or "heads" in config
-    ):  # block indices of a preset mean nothing in another layout
+    if "depths" in config or "num_heads" in config:
+        # Block numbers of a preset mean nothing in another layout.
         preset = {**preset, "amm": None, "mid_mask_block": None}
     return EDT(EDTConfig(input_size, in_channels, num_classes, **{**preset, **config}))
 
 
-EDT_models = {name: functools.partial(_build, preset) for name, preset in PRESETS.items()}
-# The release spells "never modulated" as a model of its own; the network and its tensors are the
-# same.
+def _preset_of_layout(num_heads: tuple[int, ...], depths: tuple[int, ...]) -> dict[str, Any]:
+    """What the tensors do not show, from the preset of the same size: mid_mask_block and amm."""
+    same_size = [preset for preset in PRESETS.values() if preset["num_heads"] == num_heads]
+    same_layout = [preset for preset in same_size if preset["depths"] == depths]
+    nearest = (same_layout + same_size)[:1]
+    mid_mask_block = nearest[0].get("mid_mask_block") if nearest else None
+    if mid_mask_block is not None and mid_mask_block >= depths[0]:
+        mid_mask_block = None
+    return {"mid_mask_block": mid_mask_block, "amm": same_layout[0]["amm"] if same_layout else None}
+
+
+EDT_models = {name: functools.partial(_create, preset) for name, preset in PRESETS.items()}
+# The release calls a network that is never modulated a model of its own. Its tensors are the same.
 EDT_models |= {
-    f"{name}_noAMM": functools.partial(_build, {**preset, "amm": None})
+    f"{name}_noAMM": functools.partial(_create, {**preset, "amm": None})
     for name, preset in PRESETS.items()
 }

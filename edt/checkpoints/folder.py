@@ -1,120 +1,117 @@
-"""Weights on disk: the project's checkpoints, and the release's.
+"""Checkpoint folders: writing, verifying, listing and pruning them.
 
 A checkpoint is a folder named by its step::
 
     model.safetensors  ema.safetensors      weights, named as in the released state dicts
     config.json                             the model's configuration, and what its features were
     optimizer.safetensors  sampler.safetensors  state.json    what only training needs
-    manifest.json                           size and SHA-256 of the others
+    manifest.json                           size and SHA-256 of the other files
 
-It is written under a temporary name and renamed when whole. Nothing in it is pickled.
+It is written under a temporary name and renamed when it is complete. Nothing in it is pickled.
 """
 
-import argparse
 import dataclasses
 import logging
-import math
 import os
-import pickle
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from edt.models import EDT, EDT_models, EDTConfig
 from edt.utils.errors import UserError
 from edt.utils.files import file_sha256, read_json, sync, write_json
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+TENSOR_FILES = ("model", "ema", "optimizer", "sampler")
+
+NamedTensors = dict[str, torch.Tensor]
 
 
-def save_checkpoint(
-    folder: Path, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, dict]
-) -> None:
-    """Write a checkpoint folder, whole or not at all.
+@dataclasses.dataclass(frozen=True)
+class TrainingState:
+    """Everything that a run is continued from, as plain data."""
+
+    step: int
+    """Training steps taken, the skipped ones included."""
+    skipped_steps: int
+    """Steps with a loss or gradient that was not finite."""
+    config: dict[str, Any]
+    """The training configuration, as JSON values."""
+    optimizer: dict[str, Any]
+    """What the optimizer keeps besides tensors: step counters, as JSON values."""
+    tensors: dict[str, NamedTensors]
+    """Named tensors of each of :data:`TENSOR_FILES`."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing and reading
+
+
+def save_checkpoint(folder: Path, state: TrainingState, config: dict[str, Any]) -> None:
+    """Write a checkpoint folder completely or not at all.
 
     Args:
         folder: its final path; replaced if it exists.
-        tensors: file stem -> named tensors, saved as safetensors.
-        documents: file stem -> JSON value.
+        state: what the run is continued from.
+        config: the content of config.json.
+
+    Raises:
+        UserError: the disk is full or cannot be written to.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    values = {
+        "step": state.step,
+        "skipped_steps": state.skipped_steps,
+        "optimizer": state.optimizer,
+        "config": state.config,
+    }
     try:
-        for name, named in tensors.items():
-            save_file(
-                {key: value.detach().contiguous() for key, value in named.items()},
-                temporary / f"{name}.safetensors",
-            )
-            sync(temporary / f"{name}.safetensors")
-        for name, value in documents.items():
-            write_json(temporary / f"{name}.json", value)
-        write_json(
-            temporary / MANIFEST,
-            {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())},
-        )
+        for name, tensors in state.tensors.items():
+            file = temporary / f"{name}.safetensors"
+            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, file)
+            sync(file)
+        write_json(temporary / "state.json", values)
+        write_json(temporary / "config.json", config)
+        manifest = {file.name: fingerprint(file) for file in sorted(temporary.iterdir())}
+        write_json(temporary / MANIFEST, manifest)
         sync(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot write the checkpoint {folder} ({error}); the ones before it are whole: make room"
+            f"cannot write the checkpoint {folder} ({error}); free some disk space. "
+            "The checkpoints before it are complete"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _fingerprint(file: Path) -> list:
-    return [file.stat().st_size, file_sha256(file)]
-
-
-def check_checkpoint(folder: Path) -> None:
-    """Compare every file of a checkpoint with its manifest.
+def read_checkpoint(folder: Path) -> TrainingState:
+    """Read what :func:`save_checkpoint` wrote, on the CPU.
 
     Raises:
         UserError: a file is missing or damaged.
     """
-    for name, fingerprint in read_json(folder / MANIFEST).items():
-        if not (folder / name).is_file() or _fingerprint(folder / name) != fingerprint:
-            raise UserError(f"{folder / name} is damaged or missing")
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``; damaged ones are named in a warning and passed
-    over.
-    """
-    for checkpoint in reversed(list_checkpoints(folder)):
-        try:
-            check_checkpoint(checkpoint)
-            return checkpoint
-        except UserError as error:
-            logger.warning("skipping checkpoint %s: %s", checkpoint.name, error)
-    return None
-
-
-def prune_checkpoints(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Remove all but the last ``keep_last`` checkpoints and those whose step is a multiple of
-    ``keep_every``.
-    """
-    for old in list_checkpoints(folder)[:-keep_last]:
-        if int(old.name) % keep_every:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, oldest step first."""
-    return sorted(
-        (path for path in folder.glob("*") if path.name.isdigit()), key=lambda path: int(path.name)
+    values = read_json(folder / "state.json")
+    return TrainingState(
+        step=values["step"],
+        # Called "bad_steps" until version 0.1.
+        skipped_steps=values.get("skipped_steps", values.get("bad_steps", 0)),
+        config=values["config"],
+        optimizer=values["optimizer"],
+        tensors={name: read_tensors(folder / f"{name}.safetensors") for name in TENSOR_FILES},
     )
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> NamedTensors:
     """Read a safetensors file on the CPU.
 
     Raises:
@@ -123,225 +120,121 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} ({error}); is it a whole checkpoint?") from None
+        raise UserError(f"cannot read {path} ({error}); is the checkpoint complete?") from None
 
 
-def read_release(path: Path) -> dict:
-    """The contents of a ``.pt`` of the release, {model, ema, opt, args} or a bare state dict,
-    without unpickling code.
-
-    ``args`` is an ``argparse.Namespace``, the one class allowed besides tensors.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds more than tensors and is not loaded; export its weights alone"
-        ) from None
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(
-            f"cannot read {path} ({type(error).__name__}); give a checkpoint folder or a .pt file"
-        ) from None
-    if not isinstance(contents, dict):
-        raise UserError(f"{path} is not a checkpoint: it holds a {type(contents).__name__}")
-    return contents
+# ---------------------------------------------------------------------------------------------
+# Verifying
 
 
-def _strip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names without what DDP and torch.compile put in front."""
-    return {
-        name.removeprefix("module.").removeprefix("_orig_mod."): value
-        for name, value in weights.items()
-    }
+def fingerprint(file: Path) -> list:
+    """Size in bytes and SHA-256 of a file, as the manifest holds them."""
+    return [file.stat().st_size, file_sha256(file)]
 
 
-def weights_file(path: str | Path, which: str = "ema") -> Path:
-    """The file that holds the weights ``which`` of a checkpoint folder, of a run's newest
-    checkpoint, or the file itself.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(
-            f"no checkpoint at {path}; give a checkpoint folder, a run folder or a .pt file"
-        )
-    if path.is_dir():
-        newest = newest_checkpoint(path / "checkpoints")
-        if newest is None and list_checkpoints(path / "checkpoints"):
-            raise UserError(
-                f"no whole checkpoint in {path / 'checkpoints'}; give another run folder or a .pt file"
-            )
-        path = (newest or path) / f"{which}.safetensors"
-        if not path.exists():
-            raise UserError(
-                f"no {path.name} in {path.parent}; give a checkpoint folder, a run folder or a .pt file"
-            )
-    return path
-
-
-def fingerprint_weights(path: str | Path, which: str = "ema") -> str:
-    """SHA-256 of the file that :func:`weights_file` finds."""
-    return file_sha256(weights_file(path, which))
-
-
-def read_weights(
-    path: str | Path, which: str = "ema"
-) -> tuple[dict[str, torch.Tensor], EDTConfig, dict]:
-    """Weights, model configuration and notes of a checkpoint.
-
-    Args:
-        path: a checkpoint folder, a run folder (its newest checkpoint), a .safetensors file with
-            config.json beside it, or a .pt of the release.
-        which: "ema" or "model".
+def verify_file(folder: Path, name: str) -> str:
+    """Compare one file of a checkpoint with the manifest.
 
     Returns:
-        named tensors, their configuration (read off the tensors where none is saved), and
-        config.json's contents.
-    """
-    path = weights_file(path, which)
-    if path.suffix == ".safetensors":
-        weights, notes = _strip(read_tensors(path)), path.with_name("config.json")
-        notes = read_json(notes) if notes.exists() else {}
-    else:
-        contents = read_release(path)
-        weights, notes = contents.get(which, contents), {}
-        if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-            mend = (
-                "give --weights model, or export the weights alone"
-                if "model" in contents
-                else "export the weights alone"
-            )
-            raise UserError(f"{path} holds no named tensors as {which}; {mend}")
-        weights = _strip(weights)
-    config = (
-        EDTConfig.from_dict(notes["model"])
-        if "model" in notes
-        else EDTConfig.from_state_dict(weights)
-    )
-    return weights, config, notes
-
-
-def load_model(
-    path: str | Path,
-    model: str | None = None,
-    *,
-    which: str = "ema",
-    input_size: int | None = None,
-    num_classes: int | None = None,
-) -> tuple[EDT, dict]:
-    """An EDT in eval mode with the weights of a checkpoint, and the checkpoint's notes
-    (config.json, or {}).
-
-    The checkpoint says what it is; ``model``, ``input_size`` and ``num_classes`` are what the user
-    takes it for.
+        the file's SHA-256.
 
     Raises:
-        UserError: the checkpoint is something else, naming tensors with both shapes.
+        UserError: the file is missing or damaged, or the manifest is.
     """
-    weights, config, notes = read_weights(path, which)
-    wanted = {"input_size": input_size, "num_classes": num_classes}
-    if model is not None:
-        preset = build(model, device="meta").config
-        wanted |= {"heads": preset.heads, "patch_size": preset.patch_size}
-    wanted = {name: value for name, value in wanted.items() if value is not None}
-    _check_shapes(
-        weights, dataclasses.replace(config, **wanted, amm=None), f"{path} as {model or 'an EDT'}"
-    )
-    if model is not None and model.endswith("_noAMM"):
-        config = dataclasses.replace(config, amm=None)
-    network = EDT(config)
-    network.load_state_dict(weights)
-    return network.eval(), notes
+    expected = read_json(folder / MANIFEST).get(name)
+    if not (folder / name).is_file():
+        raise UserError(f"{folder / name} is missing")
+    size, sha256 = fingerprint(folder / name)
+    if [size, sha256] != expected:
+        raise UserError(f"{folder / name} is damaged: it differs from {MANIFEST}")
+    return sha256
 
 
-def init_from(model: EDT, weights: dict[str, torch.Tensor]) -> dict[str, list[str]]:
-    """Start a model from another's weights: what fits is taken, for fine-tuning on other classes or
-    another resolution.
+def verify_checkpoint(folder: Path) -> None:
+    """Compare every file of a checkpoint with its manifest.
 
-    Position biases of another grid are resized (bicubic over the offsets); of a label table of
-    another class count the null class is kept.
-
-    Returns:
-        {"kept", "resized", "new"}: names of parameters.
+    Raises:
+        UserError: a file is missing or damaged.
     """
-    report: dict[str, list[str]] = {"kept": [], "resized": [], "new": []}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            found = weights.get(name)
-            if found is None or found.shape[1:] != parameter.shape[1:]:
-                report["new"].append(name)
-            elif found.shape == parameter.shape:
-                parameter.copy_(found)
-                report["kept"].append(name)
-            elif name.endswith("relative_position_bias_table"):
-                old, new = (math.isqrt(len(table)) for table in (found, parameter))
-                grid = found.T.reshape(1, -1, old, old)
-                resized = torch.nn.functional.interpolate(
-                    grid, size=(new, new), mode="bicubic", align_corners=True
-                )
-                parameter.copy_(resized.reshape(-1, new * new).T)
-                report["resized"].append(name)
-            elif name == "y_embedder.embedding_table.weight":
-                parameter[-1] = found[-1]
-                report["resized"].append(name)
-            else:
-                report["new"].append(name)
-    return report
+    for name in read_json(folder / MANIFEST):
+        verify_file(folder, name)
 
 
-def build(model: str, device: str = "cpu", **config) -> EDT:
-    """``EDT_models[model](**config)``; an unknown name is a UserError."""
-    if model not in EDT_models:
-        raise UserError(f"unknown model {model!r}; choose one of {', '.join(EDT_models)}")
-    with torch.device(device):
-        return EDT_models[model](**config)
+# ---------------------------------------------------------------------------------------------
+# The checkpoints of a run
 
 
-def _check_shapes(weights: dict[str, torch.Tensor], config: EDTConfig, title: str) -> None:
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in EDT(config).state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
-    if wrong:
-        shown = "; ".join(
-            f"{name} is {found.get(name, 'absent')}, not {expected.get(name, 'expected')}"
-            for name in wrong[:3]
-        )
-        raise UserError(
-            f"checkpoint {title}: {len(wrong)} tensors do not fit: {shown}; give the --model, image size and classes it has"
-        )
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, oldest step first."""
+    checkpoints = [path for path in folder.glob("*") if path.name.isdigit()]
+    return sorted(checkpoints, key=lambda path: int(path.name))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint in ``folder``; a warning names each damaged one."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        try:
+            verify_checkpoint(checkpoint)
+            return checkpoint
+        except UserError as error:
+            logger.warning("skipping checkpoint %s: %s", checkpoint.name, error)
+    return None
+
+
+def prune_checkpoints(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Remove all but the last checkpoints, and those at multiples of a number of steps.
+
+    Args:
+        folder: holds the checkpoints.
+        keep_last: how many of the newest stay.
+        keep_every: a checkpoint stays if this divides its step.
+    """
+    for checkpoint in list_checkpoints(folder)[:-keep_last]:
+        if int(checkpoint.name) % keep_every:
+            # Renamed first, so that a kill in between leaves no half checkpoint under its name.
+            shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")))
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimizer state as named tensors
 
 
 def flatten_optimizer(
-    optimizer: torch.optim.Optimizer, names: Iterable[str]
-) -> tuple[dict[str, torch.Tensor], dict]:
-    """Optimizer state as tensors named "parameter/buffer", and the rest (step counters) as JSON
-    values.
+    optimizer: torch.optim.Optimizer, parameter_names: Iterable[str]
+) -> tuple[NamedTensors, dict[str, Any]]:
+    """Split an optimizer's state into tensors named "parameter/buffer" and JSON values.
+
+    Args:
+        optimizer: has one parameter group.
+        parameter_names: in the order of its parameters.
     """
-    state, tensors, rest = optimizer.state_dict(), {}, {}
-    for name, index in zip(names, state["param_groups"][0]["params"], strict=True):
+    state = optimizer.state_dict()
+    tensors, values = {}, {}
+    group = state["param_groups"][0]
+    for name, index in zip(parameter_names, group["params"], strict=True):
         for key, value in state["state"].get(index, {}).items():
             if torch.is_tensor(value):
                 tensors[f"{name}/{key}"] = value
             else:
-                rest[f"{name}/{key}"] = value
-    step = state["param_groups"][0].get("step")
-    return tensors, {"step": None if step is None else int(step), "values": rest}
+                values[f"{name}/{key}"] = value
+    step = group.get("step")
+    return tensors, {"step": None if step is None else int(step), "values": values}
 
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
-    names: Iterable[str],
-    tensors: dict[str, torch.Tensor],
-    rest: dict,
+    parameter_names: Iterable[str],
+    tensors: NamedTensors,
+    values: dict[str, Any],
 ) -> None:
     """Inverse of :func:`flatten_optimizer`."""
     state = optimizer.state_dict()
-    index_of = dict(zip(names, state["param_groups"][0]["params"], strict=True))
+    group = state["param_groups"][0]
+    index_of_name = dict(zip(parameter_names, group["params"], strict=True))
     state["state"] = {}
-    for key, value in {**tensors, **rest["values"]}.items():
+    for key, value in {**tensors, **values["values"]}.items():
         name, _, buffer = key.rpartition("/")
-        state["state"].setdefault(index_of[name], {})[buffer] = value
-    if rest["step"] is not None:
-        state["param_groups"][0]["step"] = rest["step"]
+        state["state"].setdefault(index_of_name[name], {})[buffer] = value
+    if values["step"] is not None:
+        group["step"] = values["step"]
     optimizer.load_state_dict(state)

@@ -1,0 +1,1 @@
+"""Command line: the bodies of the scripts, and what they share."""

@@ -8,55 +8,62 @@ from edt.utils.errors import UserError
 
 
 def linear_betas(steps: int = 1000) -> np.ndarray:
-    """Betas from 1e-4 to 0.02 (Ho et al., 2020), (steps,) float64."""
+    """Betas from 1e-4 to 0.02 (DDPM, section 4), (steps,) float64."""
     return np.linspace(1e-4, 0.02, steps, dtype=np.float64)
 
 
-def respaced_timesteps(spec: str | int, steps: int = 1000) -> list[int]:
-    """The timesteps a sampler visits, ascending.
+def respaced_timesteps(spec: str | int | None, steps: int = 1000) -> list[int]:
+    """The timesteps that a sampler visits, ascending.
 
     Args:
-        spec: "" or None keeps all; "N" takes N evenly spaced ones, first and last included; "ddimN"
-            the smallest integer stride that gives exactly N; "a,b,c" splits the process into equal
-            sections with a, b and c evenly spaced timesteps.
+        spec: "" or None keeps all timesteps. "N" takes N evenly spaced ones, the first and the last
+            included. "ddimN" takes the smallest integer stride that gives exactly N. "a,b,c" splits
+            the process into three equal sections with a, b and c evenly spaced timesteps.
         steps: length of the full process.
 
     Raises:
-        UserError: the spec cannot be read, or asks for more timesteps than there are.
+        UserError: the spec cannot be read, or it asks for more timesteps than the process has.
     """
-    spec = "" if spec is None else str(spec).strip()
-    if not spec:
+    text = "" if spec is None else str(spec).strip()
+    if not text:
         return list(range(steps))
     try:
-        if spec.startswith("ddim"):
-            wanted = int(spec.removeprefix("ddim"))
-            strided = (range(0, steps, stride) for stride in range(1, steps + 1))
-            chosen = next((list(r) for r in strided if len(r) == wanted), None)
-            if chosen is None:
-                raise UserError(
-                    f"no integer stride through {steps} timesteps gives {wanted} of them; choose e.g. ddim50"
-                )
-            return chosen
-        counts = [int(part) for part in spec.split(",")]
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
+        if text.startswith("ddim"):
+            return _strided(int(text.removeprefix("ddim")), steps)
+        counts = [int(part) for part in text.split(",")]
+    except UserError:
+        raise
+    except ValueError:
         raise UserError(
-            f"cannot read sampling steps {spec!r}; give e.g. 250, ddim50 or 10,15,25"
+            f"cannot read sampling steps {text!r}; give e.g. 250, ddim50 or 10,15,25"
         ) from None
-
-    size, larger = divmod(steps, len(counts))
-    chosen, start = [], 0
+    size, longer_sections = divmod(steps, len(counts))
+    timesteps: list[int] = []
+    start = 0
     for section, count in enumerate(counts):
-        length = size + (section < larger)
-        if not 1 <= count <= length:
-            raise UserError(
-                f"cannot take {count} sampling steps from {length} timesteps; give 1 to {length}"
-            )
-        stride = (length - 1) / (count - 1) if count > 1 else 1
-        # Summed up, not multiplied: the two differ where a position falls half-way, and the release
-        # sums.
-        positions = itertools.accumulate([stride] * (count - 1), initial=0.0)
-        chosen += [start + round(position) for position in positions]
+        length = size + (section < longer_sections)
+        timesteps += [start + position for position in _evenly_spaced(count, length)]
         start += length
-    return chosen
+    return timesteps
+
+
+def _strided(count: int, steps: int) -> list[int]:
+    """Exactly ``count`` timesteps at the smallest integer stride that gives so many."""
+    for stride in range(1, steps + 1):
+        if len(range(0, steps, stride)) == count:
+            return list(range(0, steps, stride))
+    raise UserError(
+        f"no integer stride through {steps} timesteps gives {count} of them; choose e.g. ddim50"
+    )
+
+
+def _evenly_spaced(count: int, length: int) -> list[int]:
+    """``count`` evenly spaced integers from 0 to length - 1."""
+    if not 1 <= count <= length:
+        raise UserError(
+            f"cannot take {count} sampling steps from {length} timesteps; give 1 to {length}"
+        )
+    stride = (length - 1) / (count - 1) if count > 1 else 1.0
+    # The release adds the stride up. A product would round differently at half-way positions.
+    positions = itertools.accumulate([stride] * (count - 1), initial=0.0)
+    return [round(position) for position in positions]

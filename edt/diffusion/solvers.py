@@ -1,64 +1,50 @@
-"""Few-step solvers of the probability-flow ODE, from diffusers: DPM-Solver++ (Lu et al., 2022) and
-UniPC (Zhao et al., 2023).
+"""The table of samplers by name, and the few-step solvers of diffusers.
 
-Both are deterministic multistep methods of order 2 in the predicted clean latent, one model call a
-step."""
+DPM-Solver++ (Lu et al., 2022) and UniPC (Zhao et al., 2023) solve the probability-flow ODE. Both
+are deterministic multistep methods of order 2 in the predicted clean latent. A step calls the model
+once.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
-from tqdm.auto import tqdm
 
-from edt.diffusion.gaussian import Model
+from edt.diffusion.samplers import DDIMSampler, DDPMSampler, NoiseAt, Sampler
+from edt.utils.choices import check_choice
 from edt.utils.errors import UserError
 
-FEW_STEP_SOLVERS = ("dpm++", "unipc")
-MAX_STEPS = 999  # beyond it the spacing below would visit a timestep twice
+MAX_FEW_STEPS = 999  # with more, the spacing of FewStepSampler visits a timestep twice
 
 
-def parse_steps(solver: str, steps: str | int) -> int:
-    """The number of steps of a few-step solver.
+class FewStepSampler(Sampler):
+    """A solver of diffusers over some of the 1000 timesteps.
 
-    Raises:
-        UserError: it is not a plain number (the spellings of a respaced process mean nothing here),
-            or out of range.
-    """
-    try:
-        count = int(steps)
-    except ValueError:
-        raise UserError(
-            f"--solver {solver} takes a plain number of sampling steps such as 20, not {steps!r}"
-        ) from None
-    if not 1 <= count <= MAX_STEPS:
-        raise UserError(f"--solver {solver} takes 1 to {MAX_STEPS} sampling steps, not {count}")
-    return count
-
-
-class FewStepSolver:
-    """A solver over ``steps`` of the 1000 timesteps.
-
-    The timesteps are diffusers' "linspace", what DiT is sampled with there: evenly spaced in t,
-    which DPM-Solver's authors advise for latents, from 999 down to 999 / steps; the last step goes
-    to noise 0 and so returns the predicted clean latent. "trailing" visits a timestep -1 for 62 of
-    the possible numbers of steps, and spacings even in log-SNR fall between the discrete timesteps
-    the model knows.
+    The timesteps are diffusers' "linspace", which DiT is sampled with there: evenly spaced in t, as
+    DPM-Solver's authors advise for latents, from 999 down to 999 / steps. The last step goes to
+    noise 0 and so returns the predicted clean latent. The other spacings do not fit: "trailing"
+    visits a timestep -1 for 62 of the possible numbers of steps, and spacings even in log-SNR fall
+    between the discrete timesteps that the model knows.
 
     Args:
-        solver: one of :data:`FEW_STEP_SOLVERS`.
-        steps: 1 to 999.
+        scheduler_name: class of diffusers.
+        steps: 1 to 999, a plain number.
 
-    Attributes:
-        timesteps: those of the 1000-step process that the model sees, in the order visited.
+    Raises:
+        UserError: ``steps`` is no such number.
     """
 
-    def __init__(self, solver: str, steps: str | int):
-        self._solver, self._steps = solver, parse_steps(solver, steps)
-        self.timesteps: list[int] = self._scheduler().timesteps.tolist()
+    def __init__(self, scheduler_name: str, steps: str | int) -> None:
+        self._scheduler_name, self._steps = scheduler_name, _plain_number(steps)
+        self.reset()
+        self.timesteps = self._scheduler.timesteps.tolist()
 
-    def _scheduler(self):
-        """A fresh scheduler: it keeps the history of one run."""
-        from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler  # slow to import
+    def reset(self) -> None:
+        import diffusers  # slow to import
 
-        classes = {"dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
-        scheduler = classes[self._solver](
+        # A fresh scheduler for every run: it keeps the history of the run.
+        self._scheduler: Any = getattr(diffusers, self._scheduler_name)(
             num_train_timesteps=1000,
             beta_start=1e-4,
             beta_end=0.02,
@@ -67,26 +53,53 @@ class FewStepSolver:
             timestep_spacing="linspace",
             final_sigmas_type="zero",
         )
-        scheduler.set_timesteps(self._steps)
-        scheduler.set_begin_index(0)  # spares it a search among the timesteps
-        return scheduler
+        self._scheduler.set_timesteps(self._steps)
+        self._scheduler.set_begin_index(0)  # or it searches its timesteps at every step
 
-    @torch.no_grad()
-    def sample_loop(
-        self,
-        model: Model,
-        x: torch.Tensor,
-        model_kwargs: dict | None = None,
-        progress: bool = False,
+    def update(
+        self, output: torch.Tensor, x: torch.Tensor, i: int, noise_at: NoiseAt | None
     ) -> torch.Tensor:
-        """From noise x (B, C, ...) to a clean latent; arguments as
-        ``GaussianDiffusion.ddim_sample_loop``.
-        """
-        scheduler = self._scheduler()
-        for step in tqdm(self.timesteps, desc="denoising", leave=False, disable=not progress):
-            t = torch.full((len(x),), step, dtype=torch.long, device=x.device)
-            # The learned variance is of no use to an ODE. The scheduler returns the type it is
-            # given: float32.
-            eps = model(x, t, **(model_kwargs or {})).chunk(2, dim=1)[0].float()
-            x = scheduler.step(eps, step, x).prev_sample
-        return x
+        # An ODE has no use for the learned variance. The scheduler returns the type of its input,
+        # and the state of every sampler stays float32.
+        eps = output.chunk(2, dim=1)[0].float()
+        return self._scheduler.step(eps, self.timesteps[i - 1], x).prev_sample
+
+
+def _plain_number(steps: str | int) -> int:
+    """Number of steps of a few-step solver, which knows no respaced process."""
+    try:
+        count = int(steps)
+    except ValueError:
+        raise UserError(
+            f"the few-step solvers take a plain number of sampling steps such as 20, not {steps!r}"
+        ) from None
+    if not 1 <= count <= MAX_FEW_STEPS:
+        raise UserError(
+            f"the few-step solvers take 1 to {MAX_FEW_STEPS} sampling steps, not {count}"
+        )
+    return count
+
+
+Solver = Literal["ddpm", "ddim", "dpm++", "unipc"]
+
+# A new solver is one entry here, and its name in the Literal above.
+SOLVERS: dict[Solver, Callable[[str | int], Sampler]] = {
+    "ddpm": DDPMSampler,
+    "ddim": DDIMSampler,
+    "dpm++": functools.partial(FewStepSampler, "DPMSolverMultistepScheduler"),
+    "unipc": functools.partial(FewStepSampler, "UniPCMultistepScheduler"),
+}
+
+
+def create_sampler(solver: Solver, steps: str | int) -> Sampler:
+    """The sampler of a name.
+
+    Args:
+        solver: a key of :data:`SOLVERS`.
+        steps: "250"; for ddpm and ddim also "ddim50" and "10,15,25".
+
+    Raises:
+        UserError: unknown solver, or it cannot take these steps.
+    """
+    check_choice("solver", solver, Solver)
+    return SOLVERS[solver](steps)

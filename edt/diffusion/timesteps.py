@@ -1,41 +1,58 @@
-"""Timestep samplers for training: which t a batch trains on, and the importance weight that keeps
-the loss unbiased.
+"""Timestep samplers: which t a training batch is trained at, with which importance weight.
 
-Both live on the device and never wait for the host. In a run of many processes every process draws
-for the whole global batch and updates with the losses of all, in global order, so that all hold the
-same history."""
+The weights keep the expected loss that of uniform timesteps. Samplers live on the device and never
+make the host wait. In a run of many processes, every process draws for the whole global batch and
+updates with the losses of all, in global order, so that all processes hold the same history.
+"""
+
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
-from edt.utils.errors import UserError
+from edt.utils.choices import check_choice
+
+
+class TimestepSampler(Protocol):
+    """What training asks of a timestep sampler; a torch module, so that it moves and is saved."""
+
+    def sample(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw n timesteps, (n,) int64, and their importance weights, (n,) float32."""
+
+    def update(
+        self, t: torch.Tensor, loss: torch.Tensor, found_inf: torch.Tensor | None = None
+    ) -> None:
+        """Take in the unweighted losses (n,) at timesteps t (n,), unless ``found_inf``."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The history, as named tensors."""
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> object:
+        """Inverse of ``state_dict``."""
 
 
 class UniformSampler(nn.Module):
     """Every timestep with equal probability and weight 1."""
 
-    def __init__(self, num_timesteps: int = 1000):
+    def __init__(self, num_timesteps: int = 1000) -> None:
         super().__init__()
         self.num_timesteps = num_timesteps
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """n timesteps, (n,) int64, and their importance weights, (n,) float32, on the generator's
-        device.
-        """
         t = torch.randint(self.num_timesteps, (n,), generator=generator, device=generator.device)
         return t, torch.ones(n, device=t.device)
 
     def update(
-        self, t: torch.Tensor, loss: torch.Tensor, apply: torch.Tensor | bool = True
+        self, t: torch.Tensor, loss: torch.Tensor, found_inf: torch.Tensor | None = None
     ) -> None:
-        """Take note of unweighted losses, (n,) each; nothing to do here."""
+        """Do nothing: there is no history."""
 
 
 class LossSecondMomentSampler(nn.Module):
-    """Importance sampling by the root-mean-square of each timestep's last losses (Nichol &
-    Dhariwal, 2021, section 3.3).
+    """Importance sampling by the root-mean-square of each timestep's last losses.
 
-    Uniform until every timestep holds ``history`` losses.
+    Source: Nichol & Dhariwal (2021), section 3.3. Sampling is uniform until every timestep holds
+    ``history`` losses.
 
     Args:
         num_timesteps: T.
@@ -43,61 +60,88 @@ class LossSecondMomentSampler(nn.Module):
         uniform_share: u; the probability is (1 - u) rms / sum(rms) + u / T.
     """
 
-    def __init__(self, num_timesteps: int = 1000, history: int = 10, uniform_share: float = 0.001):
+    losses: torch.Tensor  # (T + 1, history) float64
+    counts: torch.Tensor  # (T,) int64, losses that each timestep has received
+
+    def __init__(
+        self, num_timesteps: int = 1000, history: int = 10, uniform_share: float = 0.001
+    ) -> None:
         super().__init__()
-        self.num_timesteps, self.history, self.uniform_share = num_timesteps, history, uniform_share
-        # A ring per timestep. The extra last row takes what must be thrown away without a branch on
-        # the host.
-        self.register_buffer("losses", torch.zeros(num_timesteps + 1, history, dtype=torch.float64))
+        self.num_timesteps, self.history = num_timesteps, history
+        self.uniform_share = uniform_share
+        # A ring buffer per timestep. The extra last row receives the losses that must be thrown
+        # away, which needs no branch on the host.
+        losses = torch.zeros(num_timesteps + 1, history, dtype=torch.float64)
+        self.register_buffer("losses", losses)
         self.register_buffer("counts", torch.zeros(num_timesteps, dtype=torch.int64))
 
     def probabilities(self) -> torch.Tensor:
         """Probability of each timestep, (T,) float64."""
         rms = self.losses[:-1].square().mean(dim=1).sqrt()
-        weighted = (
-            rms / rms.sum() * (1 - self.uniform_share) + self.uniform_share / self.num_timesteps
-        )
-        warm = (self.counts >= self.history).all()
-        return torch.where(warm, weighted, torch.full_like(weighted, 1 / self.num_timesteps))
+        weighted = rms / rms.sum() * (1 - self.uniform_share)
+        weighted = weighted + self.uniform_share / self.num_timesteps
+        is_warm = (self.counts >= self.history).all()
+        return torch.where(is_warm, weighted, torch.full_like(weighted, 1 / self.num_timesteps))
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """n timesteps, (n,) int64, and their importance weights 1 / (T p), (n,) float32.
+        """Draw timesteps and their importance weights 1 / (T p).
 
-        The generator lives on the sampler's device.
+        Args:
+            n: how many.
+            generator: lives on the sampler's device.
+
+        Returns:
+            timesteps (n,) int64 and weights (n,) float32.
         """
         p = self.probabilities()
         edges = p.cumsum(0)
-        u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
-        t = torch.searchsorted(edges, u * edges[-1], right=True).clamp_(max=self.num_timesteps - 1)
+        device = generator.device
+        u = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
+        t = torch.searchsorted(edges, u * edges[-1], right=True)
+        t = t.clamp_(max=self.num_timesteps - 1)  # rounding may put u beyond the last edge
         return t, (1 / (self.num_timesteps * p[t])).float()
 
     def update(
-        self, t: torch.Tensor, loss: torch.Tensor, apply: torch.Tensor | bool = True
+        self, t: torch.Tensor, loss: torch.Tensor, found_inf: torch.Tensor | None = None
     ) -> None:
-        """Append unweighted losses to the histories; equal timesteps of one batch enter in the
-        batch's order.
+        """Append unweighted losses to the histories, equal timesteps in the batch's order.
 
         Args:
             t: timesteps of the global batch, (n,).
             loss: their losses, (n,).
-            apply: () bool; False leaves the histories as they are.
+            found_inf: () bool; True leaves the histories as they are.
         """
         equal = t[:, None] == t
         earlier = equal.tril(diagonal=-1).sum(dim=1)  # equal timesteps before this one
         later = equal.triu(diagonal=1).sum(dim=1)
         slot = (self.counts[t] + earlier) % self.history
-        kept = (later < self.history) & apply  # not older than the ring is long
-        self.losses[torch.where(kept, t, self.num_timesteps), slot] = torch.where(
-            kept, loss.detach().double(), 0
-        )
-        self.counts.index_add_(0, t, torch.ones_like(t) * apply)
+        # A loss that newer ones of the same batch overwrite is not stored: two writes to one slot
+        # would come in no fixed order.
+        is_stored = later < self.history
+        increment = torch.ones_like(t)
+        if found_inf is not None:
+            is_stored = is_stored & ~found_inf
+            increment = increment * ~found_inf
+        row = torch.where(is_stored, t, self.num_timesteps)
+        self.losses[row, slot] = torch.where(is_stored, loss.detach().double(), 0)
+        self.counts.index_add_(0, t, increment)
+
+
+TimestepSamplerName = Literal["uniform", "loss-second-moment"]
+
+TIMESTEP_SAMPLERS: dict[TimestepSamplerName, type[UniformSampler | LossSecondMomentSampler]] = {
+    "uniform": UniformSampler,
+    "loss-second-moment": LossSecondMomentSampler,
+}
 
 
 def create_timestep_sampler(
-    name: str, num_timesteps: int = 1000
+    name: TimestepSamplerName, num_timesteps: int = 1000
 ) -> UniformSampler | LossSecondMomentSampler:
-    """The sampler called "uniform" or "loss-second-moment"."""
-    samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentSampler}
-    if name not in samplers:
-        raise UserError(f"unknown timestep sampler {name!r}; choose one of {', '.join(samplers)}")
-    return samplers[name](num_timesteps)
+    """The timestep sampler of a name, over ``num_timesteps`` timesteps.
+
+    Raises:
+        UserError: unknown name.
+    """
+    check_choice("timestep sampler", name, TimestepSamplerName)
+    return TIMESTEP_SAMPLERS[name](num_timesteps)

@@ -1,31 +1,35 @@
-"""Compiling the network with torch.compile."""
+"""Compiling a network with torch.compile."""
+
+from typing import Literal
 
 import torch
 
-from edt.models import EDT
+from edt.nn.transformer import DiffusionTransformer
+from edt.utils.choices import check_choice
 
-COMPILE = {
+CompileMode = Literal["off", "block", "full"]
+COMPILE_MODES: dict[CompileMode, str] = {
     "off": "nothing",
     "block": "each transformer block: most of the gain after a short wait",
     "full": "the whole network, in one graph",
 }
 
 
-def compile_network(model: EDT, what: str) -> None:
-    """Compile in place; names of parameters and the way to call the model stay. Shapes are fixed:
-    each new one compiles.
+def compile_network(model: DiffusionTransformer, mode: CompileMode) -> None:
+    """Compile a network in place; parameter names and the way to call it stay the same.
 
-    Args:
-        what: a key of :data:`COMPILE`.
+    Shapes are fixed: each new input shape compiles another graph.
+
+    Raises:
+        UserError: unknown mode.
     """
-    if what == "off":
+    check_choice("compile mode", mode, CompileMode)
+    if mode == "off":
         return
-    # A block sees three grids, with and without gradients and AMM, and the last, smaller batch of a
-    # run: more than the 8 graphs after which torch quietly stops compiling.
+    # A block sees three grids, with and without gradients and AMM, and the smaller last batch of a
+    # run. Those are more than the 8 graphs after which torch stops compiling without an error.
     torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.optimize_ddp = False  # DDP's hooks would cut the graph
-    if what == "block":
-        for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False)
-    elif what == "full":
-        model.compile(fullgraph=True, dynamic=False)
+    torch._dynamo.config.optimize_ddp = False  # the hooks of DistributedDataParallel cut the graph
+    modules = [model] if mode == "full" else model.compilable_modules()
+    for module in modules:
+        module.compile(fullgraph=True, dynamic=False)

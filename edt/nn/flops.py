@@ -1,35 +1,42 @@
-"""Floating-point operations, and how many of those a device could do are used."""
+"""Floating-point operations of a network, and the peak rate of a device."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from edt.models import EDT, EDTConfig
+from edt.nn.precision import Precision
+from edt.nn.transformer import DiffusionTransformer
 
 # Dense peak in TFLOP/s by their data sheets: (TF32, bfloat16).
-PEAKS = {
-    "H100": (494, 989),
-    "H200": (494, 989),
-    "A100": (156, 312),
-    "L40S": (183, 366),
-    "L40": (90.5, 181),
+PEAK_TFLOPS_PER_SEC = {
+    "H100": (494.0, 989.0),
+    "H200": (494.0, 989.0),
+    "A100": (156.0, 312.0),
+    "L40S": (183.0, 366.0),
+    "L40": (90.5, 181.0),
 }
 
 
-def forward_flops(config: EDTConfig) -> int:
-    """Floating-point operations of one forward pass of one image: twice the multiply-accumulates,
-    which the paper's "GFLOPs" count."""
+def forward_flops(model: DiffusionTransformer) -> int:
+    """Floating-point operations of one forward pass of one image.
+
+    They are twice the multiply-accumulates that the paper calls "GFLOPs". A copy of the network on
+    the meta device is counted, so nothing is computed.
+    """
+    config = model.config
     with torch.device("meta"):
-        model = EDT(config)
+        copy_on_meta = type(model)(config)
         x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
         with FlopCounterMode(display=False) as counter:
-            model(x, torch.zeros(1))
+            copy_on_meta(x, torch.zeros(1))
     return counter.get_total_flops()
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Operations a second that the device could do, or None where it is not known."""
+def peak_flops_per_sec(device: torch.device, precision: Precision) -> float | None:
+    """Peak rate of a device in operations per second; None where it is not known."""
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    peaks = next((peaks for known, peaks in PEAKS.items() if known in name), None)
-    return None if peaks is None else 1e12 * peaks[precision == "bf16"]
+    device_name = torch.cuda.get_device_name(device)
+    for name, (tf32, bf16) in PEAK_TFLOPS_PER_SEC.items():
+        if name in device_name:
+            return 1e12 * (bf16 if precision == "bf16" else tf32)
+    return None

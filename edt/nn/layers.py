@@ -1,5 +1,7 @@
-"""Building blocks of EDT (paper, section 3.1 and Figure 3). Shapes: B images, N = grid^2 tokens, C
-channels, D = width of c.
+"""Building blocks of diffusion transformers (paper, section 3.1 and Figure 3).
+
+Shapes: B images, N tokens of a square grid in raster order, C channels, D channels of the condition
+c, which is the sum of timestep and label embedding.
 """
 
 import math
@@ -9,27 +11,30 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import nn
 
-from edt.nn.attention import attention
+from edt.nn.attention import AttentionBackend, attention
 from edt.nn.precision import no_autocast
 
-HEAD_DIM = 52  # head width in every stage of every model size
+# ---------------------------------------------------------------------------------------------
+# Functions
 
 
-def sincos_table(dim: int, grid: int) -> torch.Tensor:
-    """Fixed 2-D sin-cos position table, (1, grid^2, dim) float32.
+def sincos_table(dim: int, grid_size: int) -> torch.Tensor:
+    """Fixed 2-D sin-cos position table, (1, grid_size^2, dim) float32.
 
-    The first half of the channels encodes the column, the second the row; each half is [sin, cos]
-    of position * 10000^(-i / (dim / 4)). Positions are token indices at every resolution."""
+    The first half of the channels encodes the column, the second half the row. Each half is
+    [sin, cos] of position * 10000^(-i / (dim / 4)). Positions are token indices at every
+    resolution: a larger grid continues the table and is not rescaled to it.
+    """
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
-    half = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim / 2)
-    column = half.expand(grid, grid, -1)
-    row = half[:, None].expand(grid, grid, -1)
-    return torch.cat([column, row], dim=2).reshape(1, grid * grid, dim).float()
+    angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
+    half = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid_size, dim / 2)
+    column = half.expand(grid_size, grid_size, -1)
+    row = half[:, None].expand(grid_size, grid_size, -1)
+    return torch.cat([column, row], dim=2).reshape(1, grid_size * grid_size, dim).float()
 
 
 def layer_norm(x: torch.Tensor) -> torch.Tensor:
-    """LayerNorm over the channels without affine parameters; what follows it always modulates."""
+    """LayerNorm over the channels, without affine parameters: AdaLN scales and shifts after it."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
@@ -38,9 +43,10 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 
-def merge_2x2(x: torch.Tensor) -> torch.Tensor:
-    """(B, N, C) -> (B, N/4, 4, C): the four neighbours (row, column) = (0,0), (1,0), (0,1),
-    (1,1).
+def patch_merge(x: torch.Tensor) -> torch.Tensor:
+    """Collect 2x2 neighbours: (B, N, C) -> (B, N/4, 4, C).
+
+    The four neighbours are, as (row, column), in the order (0,0), (1,0), (0,1), (1,1).
     """
     batch, tokens, channels = x.shape
     half = math.isqrt(tokens) // 2
@@ -48,53 +54,60 @@ def merge_2x2(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(batch, half * half, 4, channels)
 
 
-def unmerge(x: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, N, size^2 C) with channels laid out (row, column, C) -> (B, grid * size, grid * size,
-    C).
+def unpatchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Unfold tokens into patches: (B, N, p^2 C) -> (B, grid_size p, grid_size p, C).
+
+    Channels of a token are laid out as (row in the patch, column in the patch, C).
     """
     batch, tokens, channels = x.shape
-    grid = math.isqrt(tokens)
-    x = x.view(batch, grid, grid, size, size, channels // size**2).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, grid * size, grid * size, -1)
+    grid_size = math.isqrt(tokens)
+    x = x.view(batch, grid_size, grid_size, patch_size, patch_size, channels // patch_size**2)
+    x = x.permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, grid_size * patch_size, grid_size * patch_size, -1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Conditioning
 
 
 class AdaLN(nn.Sequential):
-    """SiLU-Linear from the condition c (B, D) to ``parts`` vectors of ``dim`` channels."""
+    """SiLU-Linear from the condition c (B, D) to ``parts`` vectors (B, dim)."""
 
-    def __init__(self, cond_dim: int, dim: int, parts: int = 2):
+    def __init__(self, cond_dim: int, dim: int, parts: int = 2) -> None:
         super().__init__(nn.SiLU(), nn.Linear(cond_dim, parts * dim))
         self.parts = parts
 
     def forward(self, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
         vectors = super().forward(c)
-        vectors = vectors.to(
-            torch.promote_types(vectors.dtype, torch.float32)
-        )  # bfloat16 has no room for 1 + scale
+        # 1 + scale loses the small scales in bfloat16, so the sum is taken in float32.
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         return vectors.chunk(self.parts, dim=1)
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps (B,) -> (B, D): 128 cosines and sines, then Linear-SiLU-Linear."""
+    """Timesteps (B,) -> (B, D): 128 cosines and 128 sines, then Linear-SiLU-Linear."""
 
-    frequencies = 128
+    num_frequencies = 128
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * self.frequencies, dim), nn.SiLU(), nn.Linear(dim, dim)
-        )
+        first = nn.Linear(2 * self.num_frequencies, dim)
+        self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        # float32 whatever the autocast dtype: 999 is 1000 in bfloat16.
-        steps = torch.arange(self.frequencies, dtype=torch.float32, device=t.device)
-        angle = t.float()[:, None] * torch.exp(-math.log(10000) * steps / self.frequencies)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
+        # float32 under every autocast type, since bfloat16 rounds timestep 999 to 1000.
+        index = torch.arange(self.num_frequencies, dtype=torch.float32, device=t.device)
+        frequency = torch.exp(-math.log(10000) * index / self.num_frequencies)
+        angle = t.float()[:, None] * frequency
+        embedding = torch.cat([angle.cos(), angle.sin()], dim=1)
+        weights_dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(embedding.to(weights_dtype))
 
 
 class LabelEmbedder(nn.Module):
     """Class labels (B,) -> (B, D). The last row of the table is the null class."""
 
-    def __init__(self, num_classes: int, dim: int):
+    def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
@@ -102,121 +115,165 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-class RelativePositionBias(nn.Module):
-    """Learned bias of BEiT's form: one value per head and per offset of query and key on the
-    grid.
-    """
+# ---------------------------------------------------------------------------------------------
+# Attention
 
-    def __init__(self, grid: int, heads: int):
+
+class RelativePositionBias(nn.Module):
+    """Learned bias of BEiT's form: one value per head and per offset of query and key."""
+
+    index: torch.Tensor  # (N^2,) int64, row of the table for each pair of query and key
+
+    def __init__(self, grid_size: int, num_heads: int) -> None:
         super().__init__()
-        self.grid = grid
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2, heads))
-        row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+        self.grid_size = grid_size
+        side = 2 * grid_size - 1  # offsets from -(grid_size - 1) to grid_size - 1
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(side**2, num_heads))
+        token = torch.arange(grid_size)
+        row, column = torch.meshgrid(token, token, indexing="ij")
         row, column = row.flatten(), column.flatten()
-        delta_row = row[:, None] - row + grid - 1  # query minus key, from 0
-        delta_column = column[:, None] - column + grid - 1
-        self.register_buffer(
-            "index", (delta_row * (2 * grid - 1) + delta_column).flatten(), persistent=False
-        )
+        delta_row = row[:, None] - row + grid_size - 1  # query minus key, counted from 0
+        delta_column = column[:, None] - column + grid_size - 1
+        index = (delta_row * side + delta_column).flatten()
+        self.register_buffer("index", index, persistent=False)
 
     def forward(self) -> torch.Tensor:
-        """(heads, N, N), contiguous: added to every image's scores, it must be read in order."""
-        tokens = self.grid**2
+        """Bias of every pair of query and key, (num_heads, N, N)."""
+        tokens = self.grid_size**2
         bias = self.relative_position_bias_table.index_select(0, self.index)
+        # Contiguous, since it is added to the scores of every image and read in that order.
         return bias.T.contiguous().view(-1, tokens, tokens)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with relative position bias; local where ``modulation`` is set."""
+    """Multi-head self-attention on a square grid of tokens, (B, N, C) -> (B, N, C).
 
-    def __init__(self, dim: int, grid: int):
+    Args:
+        dim: channels C.
+        num_heads: heads; C is divided among them.
+        grid_size: tokens per side, sqrt(N).
+        bias: makes the position bias (num_heads, N, N) that is added to the scores; None adds none.
+
+    Attributes:
+        amm_matrix: (N, N) factor on the attention weights, or None; see edt.amm.
+        backend: how attention is computed; see :data:`edt.nn.attention.ATTENTION_BACKENDS`.
+    """
+
+    amm_matrix: torch.Tensor | None
+
+    def __init__(
+        self, dim: int, num_heads: int, grid_size: int, bias: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.heads = dim // HEAD_DIM
+        self.num_heads, self.head_dim, self.grid_size = num_heads, dim // num_heads, grid_size
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.rel_pos_bias = RelativePositionBias(grid, self.heads)
-        self.register_buffer("modulation", None, persistent=False)  # (N, N), see edt.amm
-        self.path = "auto"  # see edt.nn.attention
+        self.rel_pos_bias = bias
+        self.register_buffer("amm_matrix", None, persistent=False)
+        self.backend: AttentionBackend = "auto"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, HEAD_DIM))
-        return self.proj(attention(qkv, self.rel_pos_bias(), self.modulation, self.path))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        return self.proj(attention(qkv, bias, self.amm_matrix, self.backend))
+
+
+class _TanhGELU(nn.GELU):
+    """GELU in its tanh approximation, as a class for timm's Mlp."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
 
 
 class Block(nn.Module):
     """Transformer block with adaLN-Zero conditioning, (B, N, C) -> (B, N, C)."""
 
-    def __init__(self, dim: int, grid: int, cond_dim: int):
+    def __init__(
+        self, dim: int, num_heads: int, cond_dim: int, grid_size: int, bias: nn.Module | None
+    ) -> None:
         super().__init__()
-        self.attn = Attention(dim, grid)
-        self.mlp = Mlp(dim, 4 * dim, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.attn = Attention(dim, num_heads, grid_size, bias)
+        self.mlp = Mlp(dim, 4 * dim, act_layer=_TanhGELU)
         self.adaLN_modulation = AdaLN(cond_dim, dim, parts=6)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
-        x = torch.addcmul(
-            x, gate_attn.unsqueeze(1), self.attn(modulate(layer_norm(x), shift_attn, scale_attn))
-        )
-        return torch.addcmul(
-            x, gate_mlp.unsqueeze(1), self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp))
-        )
+        attended = self.attn(modulate(layer_norm(x), shift_attn, scale_attn))
+        x = torch.addcmul(x, gate_attn.unsqueeze(1), attended)
+        transformed = self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp))
+        return torch.addcmul(x, gate_mlp.unsqueeze(1), transformed)
 
 
-class _Enhanced(nn.Module):
-    """What down-sampling and long skip share: token information enhancement before their linear
-    layer (TIE: AdaLN from c) and the positional encoding supplement after it (PES: a fixed table).
-    Switched off, TIE leaves the plain LayerNorm and PES adds nothing."""
+# ---------------------------------------------------------------------------------------------
+# Down-sampling, up-sampling, long skip, output
 
-    def __init__(self, dim: int, out_dim: int, cond_dim: int, grid: int, tie: bool, pes: bool):
+
+class EnhancedLinear(nn.Module):
+    """Base of down-sampling and long skip: TIE before their linear layer, PES after it.
+
+    TIE, token information enhancement, is AdaLN from c; without it the plain LayerNorm stays. PES,
+    positional encoding supplement, adds a fixed position table; without it nothing is added.
+    """
+
+    pos_embed: torch.Tensor | None  # (1, N, C)
+
+    def __init__(
+        self, dim: int, out_dim: int, cond_dim: int, grid_size: int, tie: bool, pes: bool
+    ) -> None:
         super().__init__()
         self.adaLN_modulation = AdaLN(cond_dim, dim) if tie else None
-        self.register_buffer("pos_embed", sincos_table(out_dim, grid) if pes else None)
+        self.register_buffer("pos_embed", sincos_table(out_dim, grid_size) if pes else None)
 
     def enhance(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """LayerNorm, and with TIE the modulation by c; (B, N, C) -> (B, N, C)."""
         x = layer_norm(x)
         return x if self.adaLN_modulation is None else modulate(x, *self.adaLN_modulation(c))
 
     def supplement(self, x: torch.Tensor) -> torch.Tensor:
+        """With PES, add the position table; (B, N, C) -> (B, N, C)."""
         return x if self.pos_embed is None else x + self.pos_embed
 
 
-class DownSample(_Enhanced):
-    """Merge 2x2 tokens: (B, N, C) -> (B, N/4, C'), optionally hiding some of the incoming tokens.
+class DownSample(EnhancedLinear):
+    """Merge 2x2 tokens: (B, N, C) -> (B, N/4, C'), hiding incoming tokens in a masked pass.
 
-    ``grid`` is the side of the smaller, outgoing grid.
+    ``grid_size`` is the side of the smaller, outgoing grid.
     """
 
-    def __init__(self, dim: int, out_dim: int, cond_dim: int, grid: int, tie: bool, pes: bool):
-        super().__init__(4 * dim, out_dim, cond_dim, grid, tie, pes)
+    def __init__(
+        self, dim: int, out_dim: int, cond_dim: int, grid_size: int, tie: bool, pes: bool
+    ) -> None:
+        super().__init__(4 * dim, out_dim, cond_dim, grid_size, tie, pes)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
 
     def forward(
         self, x: torch.Tensor, c: torch.Tensor, keep: torch.Tensor | None = None
     ) -> torch.Tensor:
-        merged = self.enhance(merge_2x2(x).flatten(2), c)  # (B, N/4, 4C)
-        if (
-            keep is not None
-        ):  # (B, N) -> (B, N/4, 4, 1): a hidden token's quarter is zeroed, the rest not rescaled
-            merged = (merged.unflatten(-1, (4, -1)) * merge_2x2(keep.unsqueeze(-1))).flatten(2)
+        """``keep`` is (B, N) bool, True where a token is kept; None keeps all."""
+        merged = self.enhance(patch_merge(x).flatten(2), c)  # (B, N/4, 4C)
+        if keep is not None:
+            # The quarter of a hidden token is zeroed. The other quarters are not rescaled.
+            kept_quarters = patch_merge(keep.unsqueeze(-1))  # (B, N/4, 4, 1)
+            merged = (merged.unflatten(-1, (4, -1)) * kept_quarters).flatten(2)
         return self.supplement(self.reduction(merged))
 
 
 class UpSample(nn.Module):
     """Unfold every token into 2x2: (B, N, C) -> (B, 4N, C')."""
 
-    def __init__(self, dim: int, out_dim: int):
+    def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
         self.expand = nn.Linear(dim, 4 * out_dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return unmerge(self.expand(x), 2).flatten(1, 2)
+        return unpatchify(self.expand(x), 2).flatten(1, 2)
 
 
-class LongSkip(_Enhanced):
+class LongSkip(EnhancedLinear):
     """Fuse decoder tokens with an encoder stage's input: two (B, N, C) -> (B, N, C)."""
 
-    def __init__(self, dim: int, cond_dim: int, grid: int, tie: bool, pes: bool):
-        super().__init__(2 * dim, dim, cond_dim, grid, tie, pes)
+    def __init__(self, dim: int, cond_dim: int, grid_size: int, tie: bool, pes: bool) -> None:
+        super().__init__(2 * dim, dim, cond_dim, grid_size, tie, pes)
         self.cat = nn.Linear(2 * dim, dim)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -224,11 +281,11 @@ class LongSkip(_Enhanced):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to patches: (B, N, C) -> (B, out_channels, side, side), in the weights' precision
-    under autocast too.
-    """
+    """Tokens to patches: (B, N, C) -> (B, out_channels, S, S), computed outside autocast."""
 
-    def __init__(self, dim: int, patch_size: int, out_channels: int, cond_dim: int):
+    full_precision = True  # read by edt.nn.precision.round_weights
+
+    def __init__(self, dim: int, patch_size: int, out_channels: int, cond_dim: int) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.linear = nn.Linear(dim, patch_size**2 * out_channels)
@@ -239,4 +296,4 @@ class FinalLayer(nn.Module):
         with no_autocast(x.device):
             x, c = x.to(dtype), c.to(dtype)
             x = self.linear(modulate(layer_norm(x), *self.adaLN_modulation(c)))
-        return unmerge(x, self.patch_size).permute(0, 3, 1, 2)
+        return unpatchify(x, self.patch_size).permute(0, 3, 1, 2)

@@ -1,37 +1,63 @@
 """Arithmetic precision of matrix products."""
 
 import contextlib
+from typing import Literal
 
 import torch
 from torch import nn
 
-PRECISIONS = ("fp32", "tf32", "bf16")
+from edt.utils.choices import check_choice
+
+Precision = Literal["fp32", "tf32", "bf16"]
+PRECISIONS: dict[Precision, str] = {
+    "fp32": "float32",
+    "tf32": "float32, with matrix products in TF32 on a GPU (the release's way)",
+    "bf16": "autocast to bfloat16; weights, normalisation and softmax sums stay float32",
+}
 
 
-def allow_tf32(precision: str) -> None:
-    """Let float32 matrix products and convolutions on a GPU run in TF32 (the release's way) if
-    ``precision`` says so.
+def set_matmul_precision(precision: Precision) -> None:
+    """Allow or forbid TF32 in float32 matrix products and convolutions on a GPU, process-wide.
+
+    Args:
+        precision: "tf32" allows it, the others forbid it.
     """
-    # Not by fp32_precision: parts of torch still read these older flags, and raise if only the
-    # newer are set.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    check_choice("precision", precision, Precision)
+    allowed = precision == "tf32"
+    # torch.backends.*.fp32_precision is newer, but parts of torch still read these older flags and
+    # raise an error if only the newer ones are set.
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager:
+    """The region in which a network computes: bfloat16 autocast for "bf16", else as it is stored.
+
+    Training and sampling both enter it around the network, and nowhere else.
+    """
+    check_choice("precision", precision, Precision)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """A region whose operations run in the types they are given."""
-    if (
-        device.type == "meta"
-    ):  # has none; torch.amp.is_autocast_available would say so, but torch 2.11 cannot compile it
+    """A region whose operations run in the types of their inputs."""
+    # The meta device has no autocast. torch.amp.is_autocast_available would say so, but torch 2.11
+    # cannot compile that call.
+    if device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def round_weights(model: nn.Module) -> None:
-    """Store the weights of an EDT's matrix products in bfloat16, in place: what autocast does to
-    them at every use, once.
+    """Store the weights of linear layers in bfloat16, in place.
 
-    For sampling with precision "bf16"; the results stay the same. The final layer is not autocast,
-    and stays too."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not name.startswith("final_layer"):
-            module.to(torch.bfloat16)
+    Autocast rounds a float32 weight at every use. Rounding it once gives the same results and saves
+    the repeated conversion, so sampling with precision "bf16" does it. A module with the attribute
+    ``full_precision`` runs outside autocast and keeps float32 weights.
+    """
+    if getattr(model, "full_precision", False):
+        return
+    if isinstance(model, nn.Linear):
+        model.to(torch.bfloat16)
+    for child in model.children():
+        round_weights(child)

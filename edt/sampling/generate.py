@@ -1,102 +1,21 @@
-"""Images from a model: image i depends on (weights, recipe, i) only, whatever batch or process it
-is drawn in.
+"""Images from a model.
+
+Image i depends on the weights, the configuration and i only, whatever batch or process draws it.
 """
 
-import dataclasses
 import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from edt.data.vae import LatentVAE, PixelVAE, to_uint8
-from edt.diffusion import FEW_STEP_SOLVERS, FewStepSolver, create_diffusion, parse_steps
-from edt.models import EDT
-from edt.nn.precision import allow_tf32
+from edt.data.vae import VAE, to_uint8
+from edt.diffusion import create_sampler
+from edt.nn.precision import autocast, set_matmul_precision
+from edt.nn.transformer import DiffusionTransformer
+from edt.sampling.config import SamplingConfig, check_classes
 from edt.utils.errors import UserError
-from edt.utils.randomness import integers, normal
-
-SOLVERS = ("ddpm", "ddim", *FEW_STEP_SOLVERS)
-CFG_CHANNELS = ("3", "all")
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Everything an image depends on besides the weights and its index. Defaults are the
-    50,000-image script's.
-    """
-
-    seed: int = 42
-    num_sampling_steps: str = "250"
-    solver: str = "ddpm"
-    cfg_scale: float = 1.0
-    precision: str = "tf32"
-    """As in edt.training.trainer.TrainConfig; the state of the sampler is fp32 always."""
-    labels: str = "uniform"
-    """"uniform" at random (the paper's way), "balanced", or class indices separated by commas."""
-    cfg_channels: str = "3"
-    """Noise channels that are guided: the first "3" of 4 as in the release (of other latents all),
-    or "all".
-    """
-    cfg_interval: tuple[int, int] | None = None
-    """Guide where lo <= t <= hi only (Kynkäänniemi et al., 2024), t of the 1000-step process; None:
-    everywhere.
-    """
-
-    def __post_init__(self):
-        if not self.cfg_scale >= 1 or not math.isfinite(self.cfg_scale):
-            raise UserError(f"--cfg-scale must be 1 (no guidance) or more, got {self.cfg_scale}")
-        if self.solver not in SOLVERS:
-            raise UserError(f"unknown solver {self.solver!r}; choose one of {', '.join(SOLVERS)}")
-        if self.cfg_channels not in CFG_CHANNELS:
-            raise UserError(
-                f"unknown --cfg-channels {self.cfg_channels!r}; choose one of {', '.join(CFG_CHANNELS)}"
-            )
-        low, high = self.cfg_interval or (0, 999)
-        if not 0 <= low <= high <= 999:
-            raise UserError(
-                f"--cfg-interval {low} {high} is none; give two timesteps LO <= HI from 0 (clean) to 999 (noise)"
-            )
-        if self.solver in FEW_STEP_SOLVERS:
-            parse_steps(self.solver, self.num_sampling_steps)
-        else:
-            create_diffusion(self.num_sampling_steps)  # refuses what cannot be
-
-    def scale_at(self, timestep: int) -> float:
-        """Guidance scale at a timestep of the 1000-step process."""
-        low, high = self.cfg_interval or (0, 999)
-        return self.cfg_scale if low <= timestep <= high else 1.0
-
-    def labels_of(self, indices: torch.Tensor, num_classes: int) -> torch.Tensor:
-        """Labels of images, (n,) int64.
-
-        Raises:
-            UserError: a class outside the model's.
-        """
-        if num_classes == 0:
-            return torch.zeros_like(indices)
-        if self.labels == "uniform":
-            return integers(self.seed, "labels", 0, indices, num_classes)
-        if self.labels == "balanced":
-            return indices % num_classes
-        try:
-            classes = torch.tensor([int(part) for part in self.labels.split(",")])
-        except ValueError:
-            raise UserError(
-                f"cannot read labels {self.labels!r}; give uniform, balanced or e.g. 207,360"
-            ) from None
-        check_classes(classes.tolist(), num_classes)
-        return classes[indices % len(classes)]
-
-
-def check_classes(classes: Sequence[int], num_classes: int) -> None:
-    """Raises a UserError if a class is outside the model's."""
-    for label in classes:
-        if not 0 <= label < max(num_classes, 1):
-            raise UserError(
-                f"class {label} is outside the model's classes, 0 to {max(num_classes, 1) - 1}"
-            )
+from edt.utils.randomness import ImageNoise
 
 
 class Batch(NamedTuple):
@@ -107,44 +26,11 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # (n,) int64
 
 
-def sample_latents(
-    model: EDT, recipe: Recipe, indices: torch.Tensor, labels: torch.Tensor, progress: bool = False
-) -> torch.Tensor:
-    """Latents of images ``indices`` with ``labels``, (n, C, S, S) on the model's device."""
-    device, config = model.pos_embed.device, model.config
-    shape = (config.in_channels, config.input_size, config.input_size)
-    indices = indices.to(device)
-
-    def noise_at(i: int) -> torch.Tensor:
-        """The noise of loop step i = 1, 2, ...; 0 is what the loop starts from."""
-        return normal(recipe.seed, "noise", i, indices, shape, device)
-
-    if recipe.solver in FEW_STEP_SOLVERS:
-        solver = FewStepSolver(recipe.solver, recipe.num_sampling_steps)
-        timesteps, loop = solver.timesteps, solver.sample_loop
-    else:
-        diffusion = create_diffusion(recipe.num_sampling_steps)
-        timesteps = diffusion.timestep_map[::-1]
-        loop = diffusion.p_sample_loop if recipe.solver == "ddpm" else diffusion.ddim_sample_loop
-        loop = functools.partial(loop, noise_at=noise_at)
-    # Every loop calls the model once a timestep, in order: the host knows t without asking the
-    # device for it.
-    scales = iter([recipe.scale_at(timestep) for timestep in timesteps])
-    channels = model.in_channels if recipe.cfg_channels == "all" else None
-
-    def guided(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return model.forward_with_cfg(x, t, y, next(scales), channels=channels)
-
-    allow_tf32(recipe.precision)
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        return loop(guided, noise_at(0), {"y": labels.to(device)}, progress=progress)
-
-
 @torch.no_grad()
 def generate(
-    model: EDT,
-    vae: PixelVAE | LatentVAE,
-    recipe: Recipe,
+    model: DiffusionTransformer,
+    vae: VAE,
+    config: SamplingConfig,
     indices: torch.Tensor,
     batch_size: int,
     *,
@@ -154,77 +40,129 @@ def generate(
     """Draw images, a batch at a time.
 
     Args:
-        model: in eval mode, AMM set as wanted.
+        model: in eval mode, with AMM set as wanted.
+        vae: decodes the latents.
+        config: how to sample.
         indices: the images, (n,) int64.
-        labels: their labels, (n,); None follows the recipe.
+        batch_size: images that go through the model at once.
+        labels: their labels, (n,); None follows ``config.labels``.
         progress: show a bar over the denoising steps of each batch.
 
     Raises:
-        UserError: an image is not finite, naming it; labels outside the model's classes.
+        UserError: a label is outside the model's classes; an image is not finite, and the message
+            names it.
     """
     if labels is None:
-        labels = recipe.labels_of(indices, model.num_classes)
-    device = model.pos_embed.device
-    decoder = _decoder_stream(device) if device.type == "cuda" else None
-    waiting: _Decoding | None = None
+        labels = config.labels_of(indices, model.num_classes)
+    check_classes(labels.tolist(), model.num_classes)
+    stream = _decoder_stream(model.device) if model.device.type == "cuda" else None
+    decoding: _Decoding | None = None
     for start in range(0, len(indices), batch_size):
-        some, their_labels = indices[start : start + batch_size], labels[start : start + batch_size]
-        latents = sample_latents(model, recipe, some, their_labels, progress)
-        decoding = _decode(vae, Batch(some, latents, their_labels), decoder)
-        if decoder is None:
+        rows = slice(start, start + batch_size)
+        latents = sample_latents(model, config, indices[rows], labels[rows], progress)
+        previous = decoding
+        decoding = _decode(vae, indices[rows], labels[rows], latents, stream)
+        # On a GPU the caller writes the previous batch while this one is still decoded. A CPU has
+        # nothing to overlap.
+        if previous is not None:
+            yield previous.finish()
+        if stream is None:
             yield decoding.finish()
-        else:  # the batch before is written while the GPU finishes and decodes this one
-            if waiting is not None:
-                yield waiting.finish()
-            waiting = decoding
-    if waiting is not None:
-        yield waiting.finish()
+            decoding = None
+    if decoding is not None:
+        yield decoding.finish()
+
+
+def sample_latents(
+    model: DiffusionTransformer,
+    config: SamplingConfig,
+    indices: torch.Tensor,
+    labels: torch.Tensor,
+    progress: bool = False,
+) -> torch.Tensor:
+    """Sample latents, (n, C, S, S) on the model's device.
+
+    Args:
+        model: in eval mode.
+        config: how to sample.
+        indices: the images, (n,) int64.
+        labels: their labels, (n,) int64.
+        progress: show a bar over the denoising steps.
+    """
+    side = model.config.input_size
+    noise = ImageNoise(config.seed, indices, (model.in_channels, side, side), model.device)
+    sampler = create_sampler(config.solver, config.num_sampling_steps)
+    model_kwargs = {
+        "y": labels.to(model.device),
+        "channels": config.guided_channels(model.in_channels),
+    }
+    set_matmul_precision(config.precision)
+    with autocast(model.device, config.precision):
+        return sampler.sample(
+            model.forward_with_cfg,
+            noise(0),
+            model_kwargs,
+            guidance_scale=config.guidance,
+            noise_at=noise,
+            progress=progress,
+        )
 
 
 @functools.cache
 def _decoder_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for good: memory freed in a stream is kept for that stream."""
+    """One stream for the life of the process: a stream keeps the memory that was freed in it."""
     return torch.cuda.Stream(device)
 
 
 class _Decoding(NamedTuple):
-    """A batch that a GPU may still be busy with."""
+    """A batch that a GPU may still be decoding."""
 
     batch: Batch
     finite: torch.Tensor  # (n,) bool
-    done: torch.cuda.Event | None
+    done: torch.cuda.Event | None  # None on a CPU, where decoding is finished
 
     def finish(self) -> Batch:
+        """Wait for the images and check that they are finite."""
         if self.done is not None:
             self.done.synchronize()
         if not self.finite.all():
             broken = self.batch.indices[~self.finite].tolist()
             raise UserError(
-                f"images {broken} are not finite; are the weights whole? try --precision fp32"
+                f"images {broken} are not finite; check the weights, or try --precision fp32"
             )
         return self.batch
 
 
-def _decode(vae: PixelVAE | LatentVAE, batch: Batch, stream: torch.cuda.Stream | None) -> _Decoding:
-    """Latents to images on the CPU; on a GPU in a stream beside the denoising, without waiting."""
+def _decode(
+    vae: VAE,
+    indices: torch.Tensor,
+    labels: torch.Tensor,
+    latents: torch.Tensor,
+    stream: torch.cuda.Stream | None,
+) -> _Decoding:
+    """Decode latents (n, C, S, S) to images on the CPU.
+
+    On a GPU this happens in a stream of its own beside the denoising, and the host does not wait.
+    """
     if stream is None:
-        images = vae.decode(batch.images)
-        return _Decoding(
-            batch._replace(images=to_uint8(images).contiguous()), _finite(images), None
-        )
+        pixels = vae.decode(latents)
+        images = to_uint8(pixels).contiguous()
+        return _Decoding(Batch(indices, images, labels), _is_finite(pixels), None)
     stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
-        batch.images.record_stream(stream)
-        images = vae.decode(batch.images)
-        on_host = [
-            torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(
-                part, non_blocking=True
-            )
-            for part in (to_uint8(images), _finite(images))
-        ]
-    return _Decoding(batch._replace(images=on_host[0]), on_host[1], stream.record_event())
+        latents.record_stream(stream)
+        pixels = vae.decode(latents)
+        images = _copy_to_host(to_uint8(pixels))
+        finite = _copy_to_host(_is_finite(pixels))
+    return _Decoding(Batch(indices, images, labels), finite, stream.record_event())
 
 
-def _finite(images: torch.Tensor) -> torch.Tensor:
-    """(n,) bool."""
-    return images.isfinite().flatten(1).all(dim=1)
+def _is_finite(pixels: torch.Tensor) -> torch.Tensor:
+    """Whether each image is finite, (n, 3, H, W) -> (n,) bool."""
+    return pixels.isfinite().flatten(1).all(dim=1)
+
+
+def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Start a copy to page-locked memory, which the stream performs later."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

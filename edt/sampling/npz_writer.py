@@ -1,9 +1,14 @@
 """The .npz of samples that ADM's evaluator reads, filled in place by any number of processes.
 
-The file is the final .npz from the start - room for the zip header, the .npy header, then the
-images - so 50,000 images are written once, wherever they are drawn, and finishing it takes one pass
-for the checksum. Beside it, until then, a byte for each image says which are done. Written with
-pwrite, not mapped: mapped pages count as the process's memory."""
+The file has the layout of the final .npz from the start: room for the zip header, the .npy header,
+then the images. So 50,000 images are written once, by whichever process draws them, and finishing
+the file takes one pass for the checksum. Until then a second file holds one byte per image, which
+says whether the image is written.
+
+This replaces numpy.savez, which needs all images in the memory of one process while the others
+wait. It is long because it writes the zip headers itself: Python's zipfile cannot leave room for
+data that other processes write.
+"""
 
 import contextlib
 import fcntl
@@ -20,81 +25,87 @@ from edt.utils.errors import UserError
 from edt.utils.files import sync
 
 _MEMBER = b"arr_0.npy"
-_CHUNK = 1 << 24
+_CHUNK_BYTES = 1 << 24
+_VERSION = 45  # of the zip format that is needed to read zip64
+_DATE = 33  # 1980-01-01, the earliest that zip can hold: equal images make equal files
+_IN_ZIP64 = 0xFFFFFFFF  # "see the zip64 field", in place of a 32-bit size
+
+
+# ---------------------------------------------------------------------------------------------
+# File formats
 
 
 def _npy_header(shape: tuple[int, ...]) -> bytes:
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": "|u1", "fortran_order": False, "shape": shape}
-    )
+    fields = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, fields)
     return header.getvalue()
 
 
 def _zip64_sizes(size: int) -> bytes:
-    return struct.pack("<HHQQ", 1, 16, size, size)  # the zip64 extra field: size, stored size
+    """The zip64 extra field: size and stored size."""
+    return struct.pack("<HHQQ", 1, 16, size, size)
 
 
 def _local_header(size: int, crc: int) -> bytes:
-    """Local file header of a stored zip64 member (APPNOTE.TXT 4.3.7); its date is 1980-01-01."""
+    """Local file header of an uncompressed zip64 member (APPNOTE.TXT 4.3.7)."""
+    sizes = (_IN_ZIP64, _IN_ZIP64)
+    lengths = (len(_MEMBER), len(_zip64_sizes(size)))
     fields = struct.pack(
-        "<4sHHHHHIIIHH", b"PK\3\4", 45, 0, 0, 0, 33, crc, 0xFFFFFFFF, 0xFFFFFFFF, len(_MEMBER), 20
+        "<4sHHHHHIIIHH", b"PK\3\4", _VERSION, 0, 0, 0, _DATE, crc, *sizes, *lengths
     )
     return fields + _MEMBER + _zip64_sizes(size)
 
 
 def _central_directory(size: int, crc: int, offset: int) -> bytes:
-    """Central directory of one member, with the zip64 and the plain end records (APPNOTE.TXT 4.3.12
-    to 4.3.16).
-    """
-    entry = (
-        struct.pack(
-            "<4sHHHHHHIIIHHHHHII",
-            b"PK\1\2",
-            45,
-            45,
-            0,
-            0,
-            0,
-            33,
-            crc,
-            0xFFFFFFFF,
-            0xFFFFFFFF,
-            len(_MEMBER),
-            20,
-            0,
-            0,
-            0,
-            0,
-            0,
-        )
-        + _MEMBER
-        + _zip64_sizes(size)
+    """Central directory of one member, with both end records (APPNOTE.TXT 4.3.12 to 4.3.16)."""
+    sizes = (_IN_ZIP64, _IN_ZIP64)
+    lengths = (len(_MEMBER), len(_zip64_sizes(size)))
+    versions = (_VERSION, _VERSION)
+    # fmt: off
+    entry = struct.pack(
+        "<4sHHHHHHIIIHHHHHII",
+        b"PK\1\2", *versions, 0, 0, 0, _DATE, crc, *sizes, *lengths, 0, 0, 0, 0, 0,
     )
-    end64 = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, len(entry), offset)
+    entry += _MEMBER + _zip64_sizes(size)
+    end64 = struct.pack(
+        "<4sQHHIIQQQQ", b"PK\6\6", 44, *versions, 0, 0, 1, 1, len(entry), offset
+    )
+    # fmt: on
     locator = struct.pack("<4sIQI", b"PK\6\7", 0, offset + len(entry), 1)
-    end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 1, 1, len(entry), 0xFFFFFFFF, 0)
+    end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 1, 1, len(entry), _IN_ZIP64, 0)
     return entry + end64 + locator + end
 
 
 def _pwrite(file: io.FileIO, data: bytes, offset: int) -> None:
-    while data:  # a write up to a limit or a full disk's last block is short; the next one raises
+    """Write at an offset.
+
+    Mapped pages would count as memory of the process; written ones do not.
+    """
+    while data:  # the write before a limit or the end of a disk is short; the next one raises
         written = os.pwrite(file.fileno(), data, offset)
         data, offset = data[written:], offset + written
+
+
+# ---------------------------------------------------------------------------------------------
+# The archive
 
 
 class SampleArchive:
     """``samples_{N}x{H}x{W}x3.npz`` in a folder, written image by image.
 
     Args:
-        folder: where it will be; created.
+        folder: holds the file; created.
         shape: (N, H, W, 3).
 
     Attributes:
         path: the finished file.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int, int]):
+    _file: io.FileIO
+    _done: io.FileIO | None
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int, int]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.shape = shape
         self.path = folder / f"samples_{'x'.join(map(str, shape))}.npz"
@@ -109,6 +120,7 @@ class SampleArchive:
 
     @property
     def finished(self) -> bool:
+        """Whether the .npz exists."""
         return self.path.exists()
 
     @contextlib.contextmanager
@@ -118,24 +130,23 @@ class SampleArchive:
             yield
 
     def open(self) -> None:
-        """Make room on the disk, unless an earlier run or another process has.
+        """Allocate the file on the disk, unless an earlier run or another process has.
 
         Raises:
-            UserError: there is not enough, saying how much is needed.
+            UserError: the disk has too little space; the message says how much is needed.
         """
         with self._locked():
             if not self.finished and not self._done_file.exists():
-                self._make_room()
-            # Kept open: another process may finish the file, rename it and remove the bytes, under
-            # this one's hands.
-            self._file = open(
-                self.path if self.finished else self._partial,
-                "rb" if self.finished else "r+b",
-                buffering=0,
-            )
-            self._done = None if self.finished else open(self._done_file, "r+b", buffering=0)
+                self._allocate()
+            # Both files stay open: another process may finish the .npz, which renames one and
+            # removes the other while this process still reads them.
+            if self.finished:
+                self._file, self._done = open(self.path, "rb", buffering=0), None
+            else:
+                self._file = open(self._partial, "r+b", buffering=0)
+                self._done = open(self._done_file, "r+b", buffering=0)
 
-    def _make_room(self) -> None:
+    def _allocate(self) -> None:
         try:
             with open(self._partial, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, self._end)
@@ -147,38 +158,46 @@ class SampleArchive:
             self._partial.unlink(missing_ok=True)
             self._done_file.unlink(missing_ok=True)
             raise UserError(
-                f"{self.shape[0]} images need {self._end / 2**30:.2f} GiB in {self.path.parent} ({error.strerror}); "
-                "free some, or give another --output-dir"
+                f"{self.shape[0]} images need {self._end / 2**30:.2f} GiB in {self.path.parent} "
+                f"({error.strerror}); free some disk space, or give another --output-dir"
             ) from None
 
     def missing(self) -> np.ndarray:
-        """Indices of the images not yet written, (n,) int64."""
+        """Indices of the images that are not written yet, (n,) int64."""
         done = os.pread(self._done.fileno(), self.shape[0], 0) if self._done else b""
         return np.flatnonzero(np.frombuffer(done, np.uint8) == 0)
 
     def write(self, indices: np.ndarray, images: np.ndarray) -> None:
-        """Store images (n, H, W, 3) uint8."""
+        """Store images.
+
+        Args:
+            indices: (n,) int.
+            images: (n, H, W, 3) uint8.
+        """
+        assert self._done is not None
         for index, image in zip(indices.tolist(), images, strict=True):
-            _pwrite(self._file, image.tobytes(), self._image_offset + index * self._image_bytes)
+            offset = self._image_offset + index * self._image_bytes
+            _pwrite(self._file, image.tobytes(), offset)
         os.fdatasync(self._file.fileno())
-        for index in (
-            indices.tolist()
-        ):  # after the images: what a kill or a power cut leaves marked is there
+        # Marked after the images are on the disk: a kill or a power cut leaves no mark without
+        # its image.
+        for index in indices.tolist():
             _pwrite(self._done, b"\1", index)
 
     def read(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
         """Images that are written, (H, W, 3) uint8 each."""
         for index in indices:
-            image = os.pread(
-                self._file.fileno(),
-                self._image_bytes,
-                self._image_offset + index * self._image_bytes,
-            )
+            offset = self._image_offset + index * self._image_bytes
+            image = os.pread(self._file.fileno(), self._image_bytes, offset)
             yield np.frombuffer(image, np.uint8).reshape(self.shape[1:])
 
     def finish(self) -> bool:
-        """Turn the file into the .npz if this process is the last to finish; True if the .npz is
-        there.
+        """Make the .npz if no image is missing.
+
+        The last process to call this does the work.
+
+        Returns:
+            whether the .npz exists.
         """
         with self._locked():
             if self.finished:
@@ -189,7 +208,7 @@ class SampleArchive:
                 file.seek(self._npy_offset)
                 crc, left = 0, self._end - self._npy_offset
                 while left:
-                    chunk = file.read(min(_CHUNK, left))
+                    chunk = file.read(min(_CHUNK_BYTES, left))
                     crc, left = zlib.crc32(chunk, crc), left - len(chunk)
                 file.write(_central_directory(self._end - self._npy_offset, crc, self._end))
                 file.seek(0)

@@ -1,16 +1,23 @@
 """Exponential moving average of the weights."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float = 0.9999) -> None:
-    """ema <- decay * ema + (1 - decay) * model, for the parameters; buffers are constant tables and
-    stay.
+def update_ema(
+    averages: Iterable[torch.Tensor], parameters: Iterable[torch.Tensor], decay: float
+) -> None:
+    """average <- decay * average + (1 - decay) * parameter, in place.
 
-    Call it after the optimizer's step. ``model`` may be wrapped, as long as its parameters come in
-    the same order."""
-    averages = list(ema.parameters())
+    Call it after the optimizer's step. Buffers are constant tables and need no average.
+
+    Args:
+        averages: one tensor per parameter, in the same order.
+        parameters: the trained weights.
+        decay: per step.
+    """
+    averages = list(averages)
     torch._foreach_mul_(averages, decay)
-    torch._foreach_add_(averages, list(model.parameters()), alpha=1 - decay)
+    torch._foreach_add_(averages, list(parameters), alpha=1 - decay)

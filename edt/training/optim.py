@@ -2,64 +2,97 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 
+from edt.training.ema import update_ema
+from edt.utils.choices import check_choice
 from edt.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 BETAS = (0.98, 0.92, 0.99)
-FINAL_LR = 5e-5
+EPS = 1e-8
 
-OPTIMIZERS = {
+OptimizerName = Literal["adan", "adan-pytorch"]
+OPTIMIZERS: dict[OptimizerName, str] = {
     "adan": "Adan as its authors publish it",
-    "adan-pytorch": "the adan-pytorch package: another update. Its first step moves nothing; after 60 steps on the "
-    "reference trajectory its weights are off by 0.0066, where the official ones have moved by 0.012",
+    "adan-pytorch": "the adan-pytorch package, whose update is another: its first step moves "
+    "nothing, and after 60 steps on the reference trajectory its weights are off by 0.0066, where "
+    "the official ones have moved by 0.012",
 }
-STATE = (
-    "exp_avg",
-    "exp_avg_diff",
-    "exp_avg_sq",
-    "neg_pre_grad",
-)  # Adan's, of each parameter, under the release's names
-CPU_CHUNK = 2**18  # elements: what a pass reads and writes of seven tensors stays in the cache
+
+STATE = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")  # the release's names
+CPU_CHUNK = 2**18  # elements; seven tensors of this size stay in a core's cache
+
+
+class StepOptimizer(Protocol):
+    """What the trainer asks of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+
+    def step(
+        self,
+        *,
+        found_inf: torch.Tensor,
+        averages: Sequence[torch.Tensor],
+        average_decay: float,
+    ) -> None:
+        """Update parameters and their moving averages, unless ``found_inf``.
+
+        Args:
+            found_inf: () bool on the parameters' device; True skips the step without a trace.
+            averages: one tensor per parameter, in the parameters' order.
+            average_decay: average <- decay * average + (1 - decay) * parameter.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch.optim.Optimizer."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of torch.optim.Optimizer."""
 
 
 def _adan(tensors: Sequence[torch.Tensor], scalars: Sequence[torch.Tensor | None]) -> None:
-    """Algorithm 1 of Adan (Xie et al., 2022) in place, and the moving average of its result if
-    there is one.
-    """
-    p, grad, exp_avg, exp_avg_diff, exp_avg_sq, neg_pre_grad, *average = tensors
-    apply, weight1, weight2, weight3, beta2, step1, step2, small, decay, average_weight = scalars
-    grad = torch.where(apply > 0, grad, 0)
+    """Algorithm 1 of Adan (Xie et al., 2022), in place, and the moving average of its result."""
+    p, grad, exp_avg, exp_avg_diff, exp_avg_sq, neg_pre_grad, *averages = tensors
+    applied, weight1, weight2, weight3, beta2, step1, step2, eps, decay, average_weight = scalars
+    grad = torch.where(applied > 0, grad, 0)
     diff = neg_pre_grad.add_(grad)
     exp_avg.lerp_(grad, weight1)
     exp_avg_diff.lerp_(diff, weight2)
     nesterov = torch.addcmul(grad, diff, beta2)
     exp_avg_sq.lerp_(nesterov.square_(), weight3)
-    denominator = torch.sqrt(exp_avg_sq, out=nesterov).add_(small)
-    # Not one division of the sum, which rounds differently: 1.4e-6 from the official weights after
-    # 60 steps.
-    p.addcdiv_(exp_avg * step1, denominator, value=-1).addcdiv_(
-        exp_avg_diff * step2, denominator, value=-1
-    )
+    denominator = torch.sqrt(exp_avg_sq, out=nesterov).add_(eps)
+    # Two divisions, as in the official code. One division of the sum rounds differently, and is
+    # 1.4e-6 from the official weights after 60 steps.
+    p.addcdiv_(exp_avg * step1, denominator, value=-1)
+    p.addcdiv_(exp_avg_diff * step2, denominator, value=-1)
     if decay is not None:
         p.mul_(decay)
-    neg_pre_grad.mul_(1 - apply).sub_(grad)  # -grad, or what it was
-    for one in average:
-        one.lerp_(p, average_weight)
+    neg_pre_grad.mul_(1 - applied).sub_(grad)  # -grad; in a skipped step the earlier value
+    for average in averages:
+        average.lerp_(p, average_weight)
 
 
 class Adan(torch.optim.Optimizer):
     """Adan (Xie et al., 2022) with proximal weight decay, as its authors' code computes it.
 
-    One pass over the memory (on a GPU if compiled), the moving average of the weights included; and
-    a step can be called off by a tensor, so that the host need not wait to learn whether a gradient
-    was finite.
+    It makes one pass over the memory (on a GPU if compiled), in which it also updates the moving
+    average of the weights. A tensor on the device can skip a step, so the host need not wait to
+    learn whether a gradient was finite.
 
     Args:
-        compiled: run the pass as one kernel a parameter, through torch.compile.
+        params: of one dtype and device.
+        lr: learning rate.
+        betas: of the gradient, of its difference, of its square.
+        eps: added to the denominator.
+        weight_decay: proximal decay.
+        compiled: run the pass as one kernel per parameter, through torch.compile.
     """
 
     def __init__(
@@ -67,119 +100,161 @@ class Adan(torch.optim.Optimizer):
         params: Iterable[torch.nn.Parameter],
         lr: float,
         betas: tuple[float, float, float] = BETAS,
-        eps: float = 1e-8,
+        eps: float = EPS,
         weight_decay: float = 0.0,
         compiled: bool = False,
-    ):
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
-        self.compiled, self._pass = (
-            compiled,
-            torch.compile(_adan, dynamic=True) if compiled else _adan,
-        )
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+        self.compiled = compiled
+        self._update = torch.compile(_adan, dynamic=True) if compiled else _adan
 
     @torch.no_grad()
-    def step(
+    def step(  # type: ignore[override]
         self,
         closure: None = None,
         *,
-        apply: torch.Tensor | None = None,
-        averages: Sequence[torch.Tensor] | None = None,
+        found_inf: torch.Tensor | None = None,
+        averages: Sequence[torch.Tensor] = (),
         average_decay: float = 0.0,
     ) -> None:
-        """Args: apply: () bool on the parameters' device; False leaves everything, the step counter
-        included, as it is. averages: one tensor a parameter, in their order: average <- decay *
-        average + (1 - decay) * parameter."""
-        averages = iter(averages or ())
+        """Update parameters and their moving averages; see :class:`StepOptimizer`."""
+        remaining_averages = iter(averages)
         for group in self.param_groups:
             params = group["params"]
             device = params[0].device
-            applied = torch.ones((), device=device) if apply is None else apply.to(torch.float32)
-            group["step"] = (
-                torch.as_tensor(group.get("step", 0.0), dtype=torch.float64, device=device)
-                + applied
-            )
+            if found_inf is None:
+                applied = torch.ones((), device=device)
+            else:
+                applied = (~found_inf).to(torch.float32)
+            step = torch.as_tensor(group.get("step", 0.0), dtype=torch.float64, device=device)
+            group["step"] = step + applied
             scalars = self._scalars(group, applied, average_decay)
             for p in params:
-                average = next(averages, None)
-                if p.grad is not None:
-                    self.state[p] = self.state[p] or {name: torch.zeros_like(p) for name in STATE}
-                    tensors = [p, p.grad.contiguous(), *(self.state[p][name] for name in STATE)]
-                    tensors += [] if average is None else [average]
-                    for chunk in self._chunks(tensors):
-                        self._pass(chunk, scalars)
+                average = next(remaining_averages, None)
+                if p.grad is None:
+                    continue
+                self.state[p] = self.state[p] or {name: torch.zeros_like(p) for name in STATE}
+                tensors = [p, p.grad.contiguous(), *(self.state[p][name] for name in STATE)]
+                tensors += [] if average is None else [average]
+                for chunk in self._chunks(tensors):
+                    self._update(chunk, scalars)
 
     def _scalars(
-        self, group: dict, applied: torch.Tensor, average_decay: float
+        self, group: dict[str, Any], applied: torch.Tensor, average_decay: float
     ) -> list[torch.Tensor | None]:
-        """What a pass multiplies by, on the device; in a step called off all that changes something
-        is 0.
-        """
+        """The factors of the pass, on the device; in a skipped step those that change are 0."""
         (beta1, beta2, beta3), lr = group["betas"], group["lr"]
-        step = group["step"].clamp(min=1)  # 0 only if called off
-        later = (step > 1).to(applied)  # there is a gradient to differ from
-        root = (
-            1 - beta3**step
-        ).sqrt()  # corrects sqrt(exp_avg_sq); multiplied into what it divides
+        step = group["step"].clamp(min=1)  # it is 0 only if every step was skipped
+        has_previous = (step > 1).to(applied)  # the first gradient differs from no earlier one
+        root = (1 - beta3**step).sqrt()  # bias correction of sqrt(exp_avg_sq)
+        decay = None
+        if group["weight_decay"]:
+            decay = 1 / (1 + applied * lr * group["weight_decay"])
         scalars = [
             applied,
             applied * (1 - beta1),
-            applied * later * (1 - beta2),
+            applied * has_previous * (1 - beta2),
             applied * (1 - beta3),
-            later * beta2,
+            has_previous * beta2,
             applied * lr * root / (1 - beta1**step),
             applied * lr * beta2 * root / (1 - beta2**step),
             group["eps"] * root,
-            1 / (1 + applied * lr * group["weight_decay"]) if group["weight_decay"] else None,
+            decay,
             applied * (1 - average_decay),
         ]
         return [None if scalar is None else scalar.float() for scalar in scalars]
 
     def _chunks(self, tensors: Sequence[torch.Tensor]) -> Iterable[tuple[torch.Tensor, ...]]:
-        """Flat pieces of tensors of one shape; whole if one kernel does all, and on a GPU, whose
-        passes no cache would hold.
+        """Flat pieces of tensors of one shape.
+
+        A CPU takes pieces that fit its cache. A compiled kernel reads each element once, and the
+        operations of a GPU would find no piece in its cache, so both take the whole.
         """
-        whole = self.compiled or tensors[0].device.type != "cpu"
-        size = tensors[0].numel() if whole else CPU_CHUNK
+        one_piece = self.compiled or tensors[0].device.type != "cpu"
+        size = tensors[0].numel() if one_piece else CPU_CHUNK
         return zip(*(tensor.detach().view(-1).split(size) for tensor in tensors), strict=True)
 
 
+class HostCheckedOptimizer:
+    """Gives any torch optimizer the step of :class:`StepOptimizer`.
+
+    Such an optimizer cannot skip a step on the device, so the host waits for ``found_inf``.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(
+        self,
+        *,
+        found_inf: torch.Tensor,
+        averages: Sequence[torch.Tensor],
+        average_decay: float,
+    ) -> None:
+        if found_inf:
+            return
+        self.optimizer.step()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        update_ema(averages, parameters, average_decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+
 def create_optimizer(
-    name: str,
+    name: OptimizerName,
     params: Iterable[torch.nn.Parameter],
     lr: float,
     weight_decay: float = 0.0,
     compiled: bool = False,
-) -> torch.optim.Optimizer:
-    """Adan with the release's betas (0.98, 0.92, 0.99) and eps 1e-8.
+) -> StepOptimizer:
+    """Adan with the release's betas and eps.
 
     Args:
         name: a key of :data:`OPTIMIZERS`.
+        params: the parameters to train.
+        lr: learning rate.
         weight_decay: proximal decay; the release uses none.
-        compiled: as in :class:`Adan`; the package's optimizer is what it is.
+        compiled: as in :class:`Adan`; the package's optimizer ignores it.
+
+    Raises:
+        UserError: unknown name, or its package is not installed.
     """
+    check_choice("optimizer", name, OptimizerName)
     if name == "adan":
         return Adan(params, lr, weight_decay=weight_decay, compiled=compiled)
-    if name == "adan-pytorch":
-        try:
-            import adan_pytorch
-        except ImportError:
-            raise UserError(
-                "--optimizer adan-pytorch needs the package: pip install adan-pytorch"
-            ) from None
-        logger.warning("optimizer adan-pytorch: %s", OPTIMIZERS[name])
-        # This package writes the moving averages with the complements of the betas.
-        betas = tuple(1 - beta for beta in BETAS)
-        return adan_pytorch.Adan(params, lr=lr, betas=betas, eps=1e-8, weight_decay=weight_decay)
-    raise UserError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+    try:
+        import adan_pytorch
+    except ImportError:
+        raise UserError(
+            "--optimizer adan-pytorch needs the package: pip install adan-pytorch"
+        ) from None
+    logger.warning("optimizer adan-pytorch: %s", OPTIMIZERS[name])
+    # This package writes the moving averages with the complements of the betas.
+    betas = tuple(1 - beta for beta in BETAS)
+    optimizer = adan_pytorch.Adan(params, lr=lr, betas=betas, eps=EPS, weight_decay=weight_decay)
+    return HostCheckedOptimizer(optimizer)
 
 
-def learning_rate(step: int, initial: float, decay_steps: int) -> float:
-    """Linear from ``initial`` to 5e-5 over ``decay_steps``, then constant; no warm-up.
+def learning_rate(step: int, initial: float, final: float, decay_steps: int) -> float:
+    """Linear from ``initial`` to ``final`` over ``decay_steps``, then constant; no warm-up.
 
     Args:
-        step: optimizer steps taken so far; the first step uses ``initial``.
+        step: steps taken so far; the first step uses ``initial``.
+        initial: learning rate of the first step.
+        final: learning rate at the end; a smaller ``initial`` stays constant.
+        decay_steps: length of the decay in steps.
     """
-    final = min(FINAL_LR, initial)
+    final = min(final, initial)
     return initial - (initial - final) * min(step / decay_steps, 1.0)

@@ -7,8 +7,14 @@ from edt.utils.errors import UserError
 
 
 def plot_losses(metrics: str | Path, picture: str | Path) -> None:
-    """Losses of the full and the masked pass over the steps (paper, Figure 10), from a run's
-    metrics.jsonl to a PNG.
+    """Plot the losses of the full and the masked pass over the steps (paper, Figure 10).
+
+    Args:
+        metrics: a run's metrics.jsonl.
+        picture: the PNG to write.
+
+    Raises:
+        UserError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -16,9 +22,9 @@ def plot_losses(metrics: str | Path, picture: str | Path) -> None:
         raise UserError("plots need matplotlib: pip install 'edt[demo]'") from None
     metrics = Path(metrics)
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [row["step"] for row in rows]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    steps = [row["step"] for row in rows]
     axes.plot(steps, [row["loss_full"] for row in rows], label="full pass")
     axes.plot(steps, [row["loss_masked"] for row in rows], label="masked pass")
     axes.set(xlabel="step", ylabel="loss", yscale="log", title=metrics.parent.name)

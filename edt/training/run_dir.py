@@ -1,75 +1,135 @@
-"""A training run is its folder::
+"""The folder of a training run::
 
-    log.txt   metrics.jsonl   checkpoints/0050000/   checkpoints/0100000/ ...
+    log.txt   metrics.jsonl   samples/   checkpoints/0050000/   checkpoints/0100000/ ...
 
-Starting in a folder that holds a checkpoint of the same configuration continues it.
+A run that starts in a folder with a checkpoint of the same configuration continues it.
 """
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import json
 import logging
-import math
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from edt.checkpoints.folder import (
-    check_checkpoint,
+    TrainingState,
     list_checkpoints,
     newest_checkpoint,
     prune_checkpoints,
-    read_tensors,
+    read_checkpoint,
     save_checkpoint,
+    verify_checkpoint,
 )
-from edt.training.trainer import Trainer
+from edt.models import EDTConfig
+from edt.registry import read_config
+from edt.training.config import TrainConfig
 from edt.utils.errors import UserError
-from edt.utils.files import atomic_write, differences, make_folder, read_json
+from edt.utils.files import differences, make_folder, read_json
 
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 
 
-def new_run_folder(results_dir: Path, name: str) -> Path:
+# ---------------------------------------------------------------------------------------------
+# Which folder, and which checkpoint in it
+
+
+def new_run_dir(results_dir: Path, name: str) -> Path:
     """The next free ``NNN-name`` in the results folder, counted as the release counts."""
-    taken = [
-        int(match[1])
-        for path in results_dir.glob("*")
-        if (match := re.match(r"(\d{3,})-", path.name))
-    ]
-    return results_dir / f"{max(taken, default=-1) + 1:03d}-{name}"
+    matches = [re.match(r"(\d{3,})-", path.name) for path in results_dir.glob("*")]
+    numbers = [int(match[1]) for match in matches if match]
+    return results_dir / f"{max(numbers, default=-1) + 1:03d}-{name}"
 
 
-def run_folder(run_dir: str | None, results_dir: str, model: str, resume: str | None) -> Path:
-    """The folder a run writes to.
+def newest_run_dir(results_dir: Path, model: str) -> Path:
+    """The newest run of a model in the results folder.
 
-    ``run_dir`` if given; else the run that ``resume`` points into, or the newest of the model in
-    ``results_dir`` if ``resume`` is empty; else a new one."""
-    if run_dir:
-        return Path(run_dir)
-    name = model.replace("/", "-")
-    if resume:
-        path = Path(resume)
-        return path.parent.parent if path.parent.name == "checkpoints" else path
-    mine = sorted(Path(results_dir).glob(f"[0-9]*-{name}"))
+    Raises:
+        UserError: there is none.
+    """
+    runs = list(results_dir.glob(f"[0-9]*-{model.replace('/', '-')}"))
+    if not runs:
+        raise UserError(
+            f"no run of {model} in {results_dir} to resume; leave --resume out to start a new run"
+        )
+    return max(runs, key=lambda path: int(path.name.partition("-")[0]))
+
+
+def choose_run_dir(
+    run_dir: Path | None, results_dir: Path, model: str, resume: Path | None
+) -> Path:
+    """The folder that a run writes to.
+
+    Args:
+        run_dir: taken if given.
+        results_dir: holds the folders of runs.
+        model: name of the model, which becomes part of a new folder's name.
+        resume: a checkpoint or a run; without ``run_dir``, its run is continued in place.
+    """
+    if run_dir is not None:
+        return run_dir
     if resume is not None:
-        if not mine:
-            raise UserError(
-                f"--resume: no run of {model} in {results_dir}; leave --resume out to start anew"
-            )
-        return mine[-1]
-    return new_run_folder(Path(results_dir), name)
+        return resume.parent.parent if resume.parent.name == "checkpoints" else resume
+    return new_run_dir(results_dir, model.replace("/", "-"))
+
+
+def resolve_resume(run_dir: Path, resume: Path | None, step: int | None = None) -> Path | None:
+    """The checkpoint to continue from, or None for a fresh start.
+
+    The rule: a run folder is continued if it holds a checkpoint; ``resume`` demands one.
+
+    Args:
+        run_dir: the run's folder.
+        resume: a checkpoint, or a run folder whose newest checkpoint is meant; it must exist.
+        step: demand the checkpoint of this step.
+
+    Raises:
+        UserError: a demanded checkpoint is missing or damaged, or every checkpoint is damaged.
+    """
+    source = run_dir if resume is None else resume
+    if source.is_file():
+        raise UserError(
+            f"cannot resume from the file {source}; give a checkpoint folder of this project"
+        )
+    if resume is not None and (resume / "manifest.json").exists():
+        verify_checkpoint(resume)
+        return resume
+    folder = source / "checkpoints"
+    checkpoints = list_checkpoints(folder)
+    if step is not None:
+        return _checkpoint_of_step(folder, checkpoints, step)
+    newest = newest_checkpoint(folder)
+    if newest is None and resume is not None:
+        raise UserError(
+            f"no complete checkpoint in {folder} to resume from; "
+            "leave --resume out to start a new run"
+        )
+    if newest is None and checkpoints:
+        raise UserError(
+            f"every checkpoint in {folder} is damaged; give another --run-dir to start a new run"
+        )
+    return newest
+
+
+def _checkpoint_of_step(folder: Path, checkpoints: list[Path], step: int) -> Path:
+    for checkpoint in checkpoints:
+        if int(checkpoint.name) == step:
+            verify_checkpoint(checkpoint)
+            return checkpoint
+    steps = ", ".join(str(int(checkpoint.name)) for checkpoint in checkpoints) or "none"
+    raise UserError(f"no checkpoint of step {step} in {folder}; its steps: {steps}")
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep every other live process out of a run folder; the lock dies with its owner.
+def lock_run_dir(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the folder. The lock ends with its process.
 
     Raises:
-        UserError: another run is in it.
+        UserError: another run holds the lock.
     """
     make_folder(folder)
     with open(folder / ".lock", "w") as lock:
@@ -82,147 +142,104 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-class Run:
-    """The folder of one run, and what is written to it.
+# ---------------------------------------------------------------------------------------------
+# Checkpoints of the run
+
+
+class RunDirectory:
+    """The folder of one run.
 
     Args:
-        folder: it; created when something is written.
-        notes: what a sampler wants to know of the features (see edt.checkpoints.folder); saved with
-            every checkpoint.
-        keep_last, keep_every: which checkpoints stay (edt.checkpoints.folder.prune_checkpoints).
+        folder: its path; created when something is written.
+        name: name of the model, e.g. "EDT-S/2".
+        model: its configuration.
+        features: what a sampler needs to know about the features, as JSON values; saved with every
+            checkpoint (see edt.data.features.FeatureInfo).
+        keep_last: how many of the newest checkpoints stay.
+        keep_every: checkpoints at multiples of this many steps stay, too.
     """
 
-    def __init__(self, folder: Path, notes: dict, keep_last: int = 3, keep_every: int = 50_000):
-        self.folder, self.checkpoints, self.metrics = (
-            folder,
-            folder / "checkpoints",
-            folder / "metrics.jsonl",
-        )
-        self.notes, self.keep_last, self.keep_every = notes, keep_last, keep_every
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        model: EDTConfig,
+        features: dict[str, Any],
+        keep_last: int = 3,
+        keep_every: int = 50_000,
+    ) -> None:
+        self.folder = folder
+        self.checkpoints, self.metrics = folder / "checkpoints", folder / "metrics.jsonl"
+        self.name, self.model, self.features = name, model, features
+        self.keep_last, self.keep_every = keep_last, keep_every
 
-    def save(self, trainer: Trainer) -> Path:
-        """Write a checkpoint and prune the old ones."""
-        tensors, documents = trainer.state()
+    def save(self, state: TrainingState) -> Path:
+        """Write a checkpoint and prune the old ones.
+
+        Raises:
+            UserError: the disk is full.
+        """
         config = {
             "schema_version": SCHEMA_VERSION,
-            "model": dataclasses.asdict(trainer.model.config),
-            **self.notes,
+            "model": dataclasses.asdict(self.model),
+            "name": self.name,
+            "features": self.features,
         }
-        checkpoint = self.checkpoints / f"{trainer.step:07d}"
-        save_checkpoint(checkpoint, tensors, {**documents, "config": config})
+        checkpoint = self.checkpoints / f"{state.step:07d}"
+        save_checkpoint(checkpoint, state, config)
         prune_checkpoints(self.checkpoints, self.keep_last, self.keep_every)
         return checkpoint
 
-    def find(self, resume: str | None, step: int | None = None) -> Path | None:
-        """The checkpoint to continue from, or None for a fresh start.
+    def load(
+        self, checkpoint: Path, config: TrainConfig, allow_changes: bool = False
+    ) -> TrainingState:
+        """Read a checkpoint of the same model, features and configuration.
 
         Args:
-            resume: None takes what the folder holds, if anything; "" demands that it holds one;
-                otherwise the path of a checkpoint, or of a run.
-            step: demand the checkpoint of this step.
+            checkpoint: its folder.
+            config: the configuration to continue with.
+            allow_changes: continue where features or configuration differ from the checkpoint's.
 
         Raises:
-            UserError: it is not there or not whole; or there are checkpoints, and none is.
+            UserError: they differ, and the message names the fields; or it is another model.
         """
-        path = Path(resume) if resume else self.folder
-        if path.is_file():
-            raise UserError(
-                f"cannot resume from the file {path}; give a checkpoint folder of this project"
-            )
-        if resume and not path.is_dir():
-            raise UserError(f"no checkpoint at {path} to resume from; check --resume")
-        if resume and not (path / "checkpoints").is_dir():
-            check_checkpoint(path)
-            return path
-        there = list_checkpoints(path / "checkpoints")
-        if step is not None:
-            chosen = path / "checkpoints" / f"{step:07d}"
-            if chosen not in there:
-                steps = ", ".join(str(int(one.name)) for one in there) or "none"
-                raise UserError(
-                    f"no checkpoint of step {step} in {chosen.parent}; its steps: {steps}"
-                )
-            check_checkpoint(chosen)
-            return chosen
-        found = newest_checkpoint(path / "checkpoints")
-        if found is None and (there or resume is not None):
-            mend = (
-                "another --run-dir starts anew"
-                if resume is None
-                else "leave --resume out to start anew"
-            )
-            raise UserError(f"no whole checkpoint in {path / 'checkpoints'} to resume from; {mend}")
-        return found
-
-    def load(self, trainer: Trainer, checkpoint: Path, allow_changes: bool = False) -> None:
-        """Continue from a checkpoint of the same model, features and configuration.
-
-        Args:
-            allow_changes: take the features and the trainer's configuration where the checkpoint's
-                differ.
-
-        Raises:
-            UserError: it is of another, naming what differs.
-        """
-        config, state = read_json(checkpoint / "config.json"), read_json(checkpoint / "state.json")
-        model = json.loads(json.dumps(dataclasses.asdict(trainer.model.config)))
-        differing = differences(config["model"], model)
+        saved = read_json(checkpoint / "config.json")
+        saved_features = saved.get("features", {})
+        differing = differences(
+            _json(_with_image_size(read_config(saved["model"]), saved_features)),
+            _json(_with_image_size(self.model, self.features)),
+        )
         if differing:
             raise UserError(
-                f"{checkpoint} is of another model ({differing}); --init-from in a new --run-dir takes what fits"
+                f"{checkpoint} is of another model ({differing}); "
+                "--init-from in a new --run-dir starts from the weights that fit"
             )
-        trained_on = config.get("features", {})
-        features = {name: self.notes["features"].get(name) for name in trained_on}
-        changes = (
-            differences(state["config"], dataclasses.asdict(trainer.config)),
-            differences(trained_on, features),
+        state = read_checkpoint(checkpoint)
+        saved_config = dataclasses.asdict(TrainConfig.from_dict(state.config))
+        # An old checkpoint knows less about its features. What it knows is compared.
+        features = {name: self.features.get(name) for name in saved_features}
+        parts = (
+            differences(saved_config, dataclasses.asdict(config)),
+            differences(saved_features, features),
         )
-        differing = ", ".join(filter(None, changes))
+        differing = ", ".join(part for part in parts if part)
         if differing and not allow_changes:
             raise UserError(
-                f"{checkpoint} was trained otherwise ({differing}); --allow-config-change goes on all the same"
+                f"{checkpoint} was trained with different settings ({differing}). "
+                "Pass --allow-config-change to continue with the new ones"
             )
         if differing:
-            logger.warning("going on with another configuration: %s", differing)
-        names = ("model", "ema", "optimizer", "sampler")
-        trainer.load_state(
-            {name: read_tensors(checkpoint / f"{name}.safetensors") for name in names}, state
-        )
-
-    def log_metrics(self, row: dict) -> None:
-        """Append a line to the JSONL file, whole or not at all; what is not finite, a mean of
-        nothing, becomes null.
-
-        Raises:
-            UserError: there is no room.
-        """
-        line = json.dumps({name: _finite(value) for name, value in row.items()}).encode() + b"\n"
-        try:
-            with open(self.metrics, "ab", buffering=0) as file:
-                size = file.tell()
-                if file.write(line) < len(line):
-                    file.truncate(size)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {self.metrics} ({error.strerror}); make room"
-            ) from None
-
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop a torn last line, and the lines of steps that are about to be taken again. For the
-        main process.
-        """
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text().splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
-                kept += [line] if json.loads(line)["step"] <= step else []
-        with atomic_write(self.metrics) as temporary:
-            temporary.write_text("".join(kept))
+            logger.warning("continuing with different settings: %s", differing)
+        return state
 
 
-def _finite(value):
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _with_image_size(model: EDTConfig, features: dict[str, Any]) -> EDTConfig:
+    """The configuration with the features' image size, which version 0.1 did not record in it."""
+    if model.image_size is not None:
+        return model
+    return dataclasses.replace(model, image_size=features.get("image_size"))
+
+
+def _json(config: EDTConfig) -> dict[str, Any]:
+    """A configuration as it is read back from JSON: lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

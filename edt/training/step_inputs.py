@@ -1,75 +1,94 @@
-"""Everything a training step draws, for the whole global batch, from (seed, step)."""
+"""The inputs of a training step: everything random in it, drawn from (seed, step).
+
+Every process draws for the whole global batch and keeps its rows. So one process and many see the
+same draws, and a continued run needs no generator state.
+"""
 
 from typing import NamedTuple
 
 import torch
 
-from edt.diffusion import LossSecondMomentSampler, UniformSampler
+from edt.diffusion.timesteps import TimestepSampler
 from edt.masking import EDT_RATIOS, MID_RATIO, TokenMasks, draw_masks
 from edt.models import EDTConfig
+from edt.training.config import TrainConfig
 from edt.utils.randomness import generator
 
 
-class PassDraws(NamedTuple):
-    """Draws of one forward pass over B images."""
+class PassInputs(NamedTuple):
+    """Inputs of one forward pass over B images."""
 
     noise: torch.Tensor  # (B, C, S, S)
     drop: torch.Tensor  # (B,) bool, True where the label becomes the null class
-    masks: TokenMasks | None = None
+    masks: TokenMasks | None = None  # None in the full pass
 
-    def rows(self, rows: slice) -> "PassDraws":
-        return PassDraws(self.noise[rows], self.drop[rows], self.masks and self.masks.rows(rows))
+    def select(self, rows: slice) -> "PassInputs":
+        """The inputs of some images."""
+        masks = None if self.masks is None else self.masks.select(rows)
+        return PassInputs(self.noise[rows], self.drop[rows], masks)
 
 
-class StepDraws(NamedTuple):
-    """Draws of one training step over B images: one timestep for both passes (paper, Eq. 3)."""
+class StepInputs(NamedTuple):
+    """Inputs of one training step over B images; both passes share the timesteps (paper, Eq. 3)."""
 
     t: torch.Tensor  # (B,) int64
     weight: torch.Tensor  # (B,) float32, importance weights of t
-    passes: tuple[PassDraws, ...]  # the full pass, then the masked one if there is one
+    passes: tuple[PassInputs, ...]  # the full pass, then the masked pass if there is one
 
-    def rows(self, rows: slice) -> "StepDraws":
-        return StepDraws(
-            self.t[rows], self.weight[rows], tuple(one.rows(rows) for one in self.passes)
-        )
+    def select(self, rows: slice) -> "StepInputs":
+        """The inputs of some images."""
+        passes = tuple(inputs.select(rows) for inputs in self.passes)
+        return StepInputs(self.t[rows], self.weight[rows], passes)
 
 
-def draw_step(
-    seed: int,
+def draw_step_inputs(
+    config: TrainConfig,
     step: int,
-    batch: int,
     model: EDTConfig,
-    timestep_sampler: UniformSampler | LossSecondMomentSampler,
-    device: torch.device | str,
-    *,
-    masking: str = "edt",
-    noise: str = "independent",
-    label_dropout: float = 0.1,
-) -> StepDraws:
-    """Draw step ``step`` (from 0).
+    timestep_sampler: TimestepSampler,
+    device: torch.device,
+) -> StepInputs:
+    """Draw the inputs of a step for the global batch.
 
     Args:
-        batch: global batch, B.
+        config: gives seed, global batch size, masking, noise and label dropout.
+        step: number of the step, from 0.
+        model: gives the shape of the latents and the masks that the network has.
         timestep_sampler: lives on ``device``.
-        masking: "edt" for a full and a masked pass, "none" for the full one alone.
-        noise: "independent" draws noise and label dropout for each pass, as the release does;
-            "shared" draws them once, as the paper's Eq. 3 has it.
-        label_dropout: share of labels replaced by the null class.
+        device: where the draws are made.
     """
+    batch_size = config.global_batch_size
+    timestep_generator = generator(config.seed, "timesteps", step, device)
+    t, weight = timestep_sampler.sample(batch_size, timestep_generator)
+    full = _draw_pass(config, step, model, "full", device)
+    if config.masking == "none":
+        return StepInputs(t, weight, (full,))
+    masked = full
+    if config.noise == "independent":
+        masked = _draw_pass(config, step, model, "masked", device)
+    mid_ratio = None if model.mid_mask_block is None else MID_RATIO
+    mask_generator = generator(config.seed, "masks", step, device)
+    masks = draw_masks(batch_size, model.grid_size, mask_generator, EDT_RATIOS, mid_ratio)
+    return StepInputs(t, weight, (full, masked._replace(masks=masks)))
 
-    def stream(name: str) -> torch.Generator:
-        return generator(seed, name, step, device)
 
-    def noise_and_drop(name: str) -> PassDraws:
-        shape = (batch, model.in_channels, model.input_size, model.input_size)
-        drop = torch.rand(batch, generator=stream(f"drop/{name}"), device=device) < label_dropout
-        return PassDraws(torch.randn(shape, generator=stream(f"noise/{name}"), device=device), drop)
+def draw_posterior_noise(
+    config: TrainConfig, step: int, model: EDTConfig, device: torch.device
+) -> torch.Tensor:
+    """Noise for sampling the VAE's posterior, (B, C, S, S) for the global batch."""
+    posterior_generator = generator(config.seed, "posterior", step, device)
+    shape = (config.global_batch_size, model.in_channels, model.input_size, model.input_size)
+    return torch.randn(shape, generator=posterior_generator, device=device)
 
-    t, weight = timestep_sampler.sample(batch, stream("timesteps"))
-    full = noise_and_drop("full")
-    if masking == "none":
-        return StepDraws(t, weight, (full,))
-    masked = full if noise == "shared" else noise_and_drop("masked")
-    mid = MID_RATIO if model.mid_mask_block is not None else None
-    masks = draw_masks(batch, model.grid, stream("masks"), EDT_RATIOS, mid)
-    return StepDraws(t, weight, (full, masked._replace(masks=masks)))
+
+def _draw_pass(
+    config: TrainConfig, step: int, model: EDTConfig, stream: str, device: torch.device
+) -> PassInputs:
+    """Noise and label dropout of one pass, from the streams of its name."""
+    batch_size = config.global_batch_size
+    drop_generator = generator(config.seed, f"drop/{stream}", step, device)
+    uniform = torch.rand(batch_size, generator=drop_generator, device=device)
+    noise_generator = generator(config.seed, f"noise/{stream}", step, device)
+    shape = (batch_size, model.in_channels, model.input_size, model.input_size)
+    noise = torch.randn(shape, generator=noise_generator, device=device)
+    return PassInputs(noise, uniform < config.label_dropout)

@@ -1,364 +1,266 @@
-"""Training (paper, section 3.3 and 4.1): two passes a step, Adan, EMA; state that a run can be
-continued from.
-"""
+"""One training step, and the state that a run is continued from (paper, sections 3.3 and 4.1)."""
 
 import contextlib
 import copy
 import dataclasses
-import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
-from edt.checkpoints.folder import flatten_optimizer, restore_optimizer
-from edt.data.features import Features, sample_posterior
+from edt.checkpoints.folder import TrainingState, flatten_optimizer, restore_optimizer
+from edt.data.batches import Batch
+from edt.data.features import sample_posterior
 from edt.diffusion import create_diffusion, create_timestep_sampler
-from edt.models import EDT
-from edt.nn.compilation import compile_network
-from edt.nn.precision import allow_tf32
-from edt.training.ema import update_ema
-from edt.training.optim import Adan, create_optimizer, learning_rate
-from edt.training.step_inputs import PassDraws, StepDraws, draw_step
+from edt.masking import TokenMasks
+from edt.nn.compilation import CompileMode, compile_network
+from edt.nn.precision import autocast, set_matmul_precision
+from edt.nn.transformer import DiffusionTransformer
+from edt.training.config import TrainConfig
+from edt.training.optim import create_optimizer, learning_rate
+from edt.training.step_inputs import StepInputs, draw_posterior_noise, draw_step_inputs
 from edt.utils.errors import UserError
-from edt.utils.randomness import epoch_order, generator
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """What the weights after a number of steps depend on, besides model and features. Defaults are
-    the release's.
-    """
-
-    seed: int = 42
-    global_batch_size: int = 256
-    init_lr: float = 1e-3
-    lr_steps: int = 400_000
-    """Steps over which the learning rate falls linearly to 5e-5."""
-    optimizer: str = "adan"
-    ema_decay: float = 0.9999
-    label_dropout: float = 0.1
-    masking: str = "edt"
-    """"edt": a full and a masked pass a step; "none": the full pass alone (the paper's starred
-    models).
-    """
-    noise: str = "independent"
-    """"independent": each pass draws its own noise and label dropout (release); "shared": one draw
-    (paper, Eq. 3).
-    """
-    schedule_sampler: str = "loss-second-moment"
-    precision: str = "tf32"
-    """"fp32", "tf32" (matrix products on a GPU), or "bf16" (autocast; weights, optimizer, EMA and
-    loss stay fp32).
-    """
-    clip: float | None = None
-    """Largest norm of the gradient; None leaves it alone, as the release does."""
 
 
 class StepReport(NamedTuple):
-    """What one step says of itself."""
+    """What one step reports, for the global batch B in its order; tensors on the device."""
 
-    losses: torch.Tensor  # (B, passes), unweighted, of the global batch in its order
+    t: torch.Tensor  # (B,) timesteps
+    weight: torch.Tensor  # (B,) importance weights of t
+    losses: torch.Tensor  # (B, passes), unweighted
     grad_norm: torch.Tensor  # (), before clipping
-    applied: (
-        torch.Tensor
-    )  # () bool; False: loss or gradient was not finite, and the step left no trace
+    found_inf: torch.Tensor  # () bool; True: a loss or the gradient was not finite, step skipped
+
+
+class MicroBatch(NamedTuple):
+    """n images of this process, with the rows of k passes behind one another."""
+
+    rows: slice  # of this process's images
+    passes: slice  # of the step's passes
+    x_start: torch.Tensor  # (k n, C, S, S)
+    t: torch.Tensor  # (k n,)
+    noise: torch.Tensor  # (k n, C, S, S)
+    y: torch.Tensor  # (k n,), dropped labels replaced by the null class
+    masks: TokenMasks | None  # of k n rows
+    weight: torch.Tensor  # (n,)
+    network_rows: int  # rows that the network needs; it repeats them to as many as masks has
+    is_last: bool
 
 
 class Trainer:
-    """Owns everything that changes during training, and one step of it.
+    """Owns everything that changes during training, and takes one step of it.
+
+    Args:
+        model: the network to train; moved to the accelerator's device.
+        config: what the weights depend on.
+        accelerator: device and processes. Its mixed precision must be "no" or agree with
+            ``config.precision``.
+        micro_batch_size: images that a process puts through the network at once. None, and the
+            release's -1, take all of the process's share. The update is that of the whole batch.
+        separate_passes: put the full and the masked pass through one after the other: slower, less
+            memory, the same update.
+        compile: what torch.compile compiles.
 
     Attributes:
-        model, ema: the bare networks.
-        step: training steps taken, those that left no trace included.
-        bad_steps: of these, the latter; bad_in_a_row: how many of them were the last. () int64, on
-            the device.
+        model: the trained network.
+        ema: the network with averaged weights.
+        step: training steps taken, the skipped ones included.
+        skipped_steps: steps that were skipped, () int64 on the device.
+        skipped_in_a_row: how many of the last steps were skipped, () int64 on the device.
+
+    Raises:
+        UserError: the global batch does not divide over the processes, or the accelerator computes
+            in another precision.
     """
 
     def __init__(
         self,
-        model: EDT,
+        model: DiffusionTransformer,
         config: TrainConfig,
         accelerator: Accelerator,
         micro_batch_size: int | None = None,
         separate_passes: bool = False,
-        compile: str = "off",
-    ):
-        """Args: micro_batch_size: images a process puts through the network at once; None, or the
-        release's -1, is all of its
-            share. The update is that of the whole batch.
-        separate_passes: put the full and the masked pass through one after the other: slower, less
-            memory, the same update.
-        compile: one of edt.nn.compilation.COMPILE.
-
-        Raises:
-            UserError: the global batch does not divide over the processes.
-        """
-        world = accelerator.num_processes
-        if config.global_batch_size < 1 or config.global_batch_size % world:
+        compile: CompileMode = "off",
+    ) -> None:
+        _check_precision(config, accelerator)
+        processes, rank = accelerator.num_processes, accelerator.process_index
+        if config.global_batch_size % processes:
             raise UserError(
-                f"--global-batch-size {config.global_batch_size} does not divide over {world} processes"
+                f"--global-batch-size {config.global_batch_size} does not divide over "
+                f"{processes} processes"
             )
         self.config, self.accelerator = config, accelerator
-        self.local_batch = config.global_batch_size // world
-        self.rows = slice(
-            accelerator.process_index * self.local_batch,
-            (accelerator.process_index + 1) * self.local_batch,
-        )
-        self.micro_batch = (
-            self.local_batch
-            if (micro_batch_size or 0) < 1
-            else min(micro_batch_size, self.local_batch)
-        )
-        self.separate_passes = separate_passes
-        allow_tf32(config.precision)
-        self.model = model.to(accelerator.device).train()
+        self.device = accelerator.device
+        self.local_batch_size = config.global_batch_size // processes
+        self.rows = slice(rank * self.local_batch_size, (rank + 1) * self.local_batch_size)
+        if micro_batch_size is None or micro_batch_size < 1:
+            micro_batch_size = self.local_batch_size
+        self.micro_batch_size = min(micro_batch_size, self.local_batch_size)
+        self.separate_passes = separate_passes or not model.passes_fit_one_batch
+
+        set_matmul_precision(config.precision)
+        self.model = model.to(self.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.averages = list(self.ema.parameters())
         self.optimizer = create_optimizer(
             config.optimizer, self.model.parameters(), config.init_lr, compiled=compile != "off"
         )
-        self.averages = list(self.ema.parameters())
         compile_network(self.model, compile)
-        self.wrapped = accelerator.prepare_model(
-            self.model
-        )  # distributed, and in autocast if asked
-        self.diffusion = create_diffusion()
-        self.timestep_sampler = create_timestep_sampler(
-            config.schedule_sampler, self.diffusion.num_timesteps
-        )
-        self.timestep_sampler.to(accelerator.device)
+        self.network = accelerator.prepare_model(self.model)  # the model, or its DDP wrapper
+        self.diffusion = create_diffusion(min_snr_gamma=config.min_snr_gamma)
+        self.timestep_sampler = create_timestep_sampler(config.schedule_sampler).to(self.device)
         self.step = 0
-        self.bad_steps, self.bad_in_a_row = torch.zeros(
-            2, dtype=torch.int64, device=accelerator.device
-        ).unbind()
+        zeros = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.skipped_steps, self.skipped_in_a_row = zeros.unbind()
 
-    def draw(self) -> StepDraws:
-        """This step's draws for the global batch."""
-        config = self.config
-        return draw_step(
-            config.seed,
-            self.step,
-            config.global_batch_size,
-            self.model.config,
-            self.timestep_sampler,
-            self.accelerator.device,
-            masking=config.masking,
-            noise=config.noise,
-            label_dropout=config.label_dropout,
-        )
-
-    def update(self, x_start: torch.Tensor, y: torch.Tensor, draws: StepDraws) -> StepReport:
-        """One step: losses, gradients, and if they are finite on every process optimizer, EMA and
-        timestep sampler.
+    def train_step(self, batch: Batch, inputs: StepInputs | None = None) -> StepReport:
+        """Take one step: losses, gradients and, if all are finite, the update.
 
         Args:
-            x_start: this process's share of the latents, (b, C, S, S).
-            y: its labels, (b,).
-            draws: of the global batch, B.
+            batch: this process's share of the images.
+            inputs: of the global batch; None draws them from (seed, step).
         """
+        # Draw the step's inputs.
+        if inputs is None:
+            inputs = self.draw_inputs()
+        y = batch.labels.to(self.device, non_blocking=True)
+        x_start = self.clean_latents(batch.stored.to(self.device, non_blocking=True))
+        config = self.config
+        lr = learning_rate(self.step, config.init_lr, config.final_lr, config.lr_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config.init_lr, self.config.lr_steps)
+            group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self.accelerator.gather(self._backward(x_start, y, draws.rows(self.rows)))
-        gradients = [
-            parameter.grad for parameter in self.model.parameters() if parameter.grad is not None
-        ]
+
+        # Losses and gradients. Only one micro-batch is in memory at a time.
+        losses = x_start.new_empty(self.local_batch_size, len(inputs.passes))
+        for part in self._split(x_start, y, inputs.select(self.rows)):
+            with self._exchange_gradients(part.is_last):
+                x_t = self.diffusion.q_sample(part.x_start, part.t, part.noise)
+                n = part.network_rows
+                with autocast(self.device, config.precision):
+                    output = self.network(x_t[:n], part.t[:n], part.y[:n], part.masks)
+                terms = self.diffusion.losses(output, part.x_start, x_t, part.t, part.noise)
+                loss = terms.loss.view(-1, len(part.weight)).T  # (images, passes)
+                ((part.weight[:, None] * loss).sum() / self.local_batch_size).backward()
+            losses[part.rows, part.passes] = loss.detach()
+
+        # Losses are gathered and gradients are reduced, so every process decides the same.
+        losses = self.accelerator.gather(losses)
+        parameters = list(self.model.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if self.config.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.model.parameters(), self.config.clip, grad_norm
-            )
-        # Losses are gathered and gradients reduced, so every process decides the same.
-        applied = losses.isfinite().all() & grad_norm.isfinite()
-        self._apply(applied)
-        self.timestep_sampler.update(draws.t, losses.sum(dim=1), applied)
-        self.step += 1  # data and draws move on in any case
-        self.bad_steps = self.bad_steps + ~applied
-        self.bad_in_a_row = (self.bad_in_a_row + 1) * ~applied
-        return StepReport(losses, grad_norm, applied)
+        if config.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
+        found_inf = ~(losses.isfinite().all() & grad_norm.isfinite())
 
-    def _apply(self, applied: torch.Tensor) -> None:
-        """Optimizer and EMA, without waiting to learn whether the step is to leave a trace."""
-        decay = self.config.ema_decay
-        if isinstance(self.optimizer, Adan):
-            self.optimizer.step(apply=applied, averages=self.averages, average_decay=decay)
-        elif applied:  # adan-pytorch knows of no such thing: the host waits
-            self.optimizer.step()
-            update_ema(self.ema, self.model, decay)
+        # Update. found_inf stays a tensor: the host does not wait to learn its value.
+        self.optimizer.step(
+            found_inf=found_inf, averages=self.averages, average_decay=config.ema_decay
+        )
+        self.timestep_sampler.update(inputs.t, losses.sum(dim=1), found_inf)
+        self.step += 1  # a skipped step counts too: data and draws move on
+        self.skipped_steps = self.skipped_steps + found_inf
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * found_inf
+        return StepReport(inputs.t, inputs.weight, losses, grad_norm, found_inf)
 
-    def latents(self, stored: torch.Tensor) -> torch.Tensor:
-        """This step's latents from what the features store: themselves, or moments (b, 2C, S, S) to
-        sample from.
+    def draw_inputs(self) -> StepInputs:
+        """This step's inputs for the global batch."""
+        return draw_step_inputs(
+            self.config, self.step, self.model.config, self.timestep_sampler, self.device
+        )
+
+    def clean_latents(self, stored: torch.Tensor) -> torch.Tensor:
+        """This step's latents x_0, (b, C, S, S), from what the features store.
+
+        Args:
+            stored: latents (b, C, S, S), or moments (b, 2C, S, S) that are sampled from.
         """
-        config, device = self.model.config, self.accelerator.device
-        if stored.shape[1] == config.in_channels:
+        if stored.shape[1] == self.model.in_channels:
             return stored
-        shape = (
-            self.config.global_batch_size,
-            config.in_channels,
-            config.input_size,
-            config.input_size,
-        )
-        noise = torch.randn(
-            shape,
-            generator=generator(self.config.seed, "posterior", self.step, device),
-            device=device,
-        )
+        noise = draw_posterior_noise(self.config, self.step, self.model.config, self.device)
         return sample_posterior(stored, noise[self.rows])
 
-    def _backward(self, x_start: torch.Tensor, y: torch.Tensor, draws: StepDraws) -> torch.Tensor:
-        """Gradients of mean(weight * loss), summed over the passes; returns the losses, (b,
-        passes).
-
-        Micro-batches (and passes, if they are separate) are back-propagated one after the other, so
-        only one of them is in memory; the processes exchange gradients in the last."""
-        starts = range(0, self.local_batch, self.micro_batch)
-        passes = range(len(draws.passes))
-        groups = [slice(i, i + 1) for i in passes] if self.separate_passes else [slice(None)]
-        losses = x_start.new_empty(self.local_batch, len(passes))
+    def _split(
+        self, x_start: torch.Tensor, y: torch.Tensor, inputs: StepInputs
+    ) -> Iterator[MicroBatch]:
+        """Micro-batches of this process's images, and of single passes if they are separate."""
+        count = len(inputs.passes)
+        groups = [slice(0, count)]
+        if self.separate_passes:
+            groups = [slice(i, i + 1) for i in range(count)]
+        starts = range(0, self.local_batch_size, self.micro_batch_size)
         for start in starts:
-            rows = slice(start, start + self.micro_batch)
-            part = draws.rows(rows)
+            rows = slice(start, start + self.micro_batch_size)
+            part = inputs.select(rows)
             for group in groups:
-                last = start == starts[-1] and group is groups[-1]
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                    loss = self._losses(x_start[rows], y[rows], part.t, part.passes[group])
-                    self.accelerator.backward(
-                        (part.weight[:, None] * loss).sum() / self.local_batch
-                    )
-                losses[rows, group] = loss.detach()
-        return losses
+                passes = part.passes[group]
+                null = torch.full_like(y[rows], self.model.num_classes)
+                labels = [torch.where(inputs.drop, null, y[rows]) for inputs in passes]
+                masks = passes[-1].masks
+                if len(passes) > 1 and masks is not None:
+                    masks = masks.after_full_pass()
+                # With shared noise the passes differ in their masks only. The network gets the
+                # rows once, and repeats them where the first mask acts.
+                copies = 1 if self.config.noise == "shared" else len(passes)
+                yield MicroBatch(
+                    rows=rows,
+                    passes=group,
+                    x_start=x_start[rows].repeat(len(passes), 1, 1, 1),
+                    t=part.t.repeat(len(passes)),
+                    noise=torch.cat([inputs.noise for inputs in passes]),
+                    y=torch.cat(labels),
+                    masks=masks,
+                    weight=part.weight,
+                    network_rows=copies * len(part.t),
+                    is_last=start == starts[-1] and group is groups[-1],
+                )
 
-    def _losses(
-        self, x_start: torch.Tensor, y: torch.Tensor, t: torch.Tensor, passes: Sequence[PassDraws]
-    ) -> torch.Tensor:
-        """(b, passes): all of them go through the network as one batch, (passes b) rows in the
-        order of the passes.
+    def _exchange_gradients(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """Processes exchange gradients in the step's last backward pass only."""
+        if is_last:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(self.network)
 
-        With shared noise the passes differ in their masks only, and the network computes once what
-        comes before these."""
-        count, null = len(passes), self.model.num_classes
-        noise = torch.cat([one.noise for one in passes])
-        labels = torch.cat([torch.where(one.drop, null, y) for one in passes])
-        masks = (
-            passes[-1].masks
-            if count == 1 or passes[-1].masks is None
-            else passes[-1].masks.after_full_pass()
+    def state(self) -> TrainingState:
+        """Everything that the run is continued from; the tensors are not copied."""
+        names = [name for name, _ in self.model.named_parameters()]
+        optimizer_tensors, optimizer_values = flatten_optimizer(self.optimizer, names)
+        return TrainingState(
+            step=self.step,
+            skipped_steps=int(self.skipped_steps),
+            config=dataclasses.asdict(self.config),
+            optimizer=optimizer_values,
+            tensors={
+                "model": self.model.state_dict(),
+                "ema": self.ema.state_dict(),
+                "optimizer": optimizer_tensors,
+                "sampler": self.timestep_sampler.state_dict(),
+            },
         )
-        rows = len(y) if self.config.noise == "shared" else len(noise)
 
-        def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.wrapped(x_t[:rows], t[:rows], labels[:rows], masks)
+    def load_state(self, state: TrainingState) -> None:
+        """Inverse of :meth:`state`.
 
-        terms = self.diffusion.training_losses(
-            network, x_start.repeat(count, 1, 1, 1), t.repeat(count), noise
-        )
-        return terms["loss"].view(count, -1).T
-
-    def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict]]:
-        """Everything a run is continued from, as named tensors and JSON documents (see
-        edt.checkpoints.folder).
+        If the state is of another optimizer or timestep sampler than the configuration names, the
+        new one starts without a history.
         """
         names = [name for name, _ in self.model.named_parameters()]
-        optimizer, rest = flatten_optimizer(self.optimizer, names)
-        tensors = {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": optimizer,
-            "sampler": self.timestep_sampler.state_dict(),
-        }
-        return tensors, {
-            "state": {
-                "step": self.step,
-                "bad_steps": int(self.bad_steps),
-                "optimizer": rest,
-                "config": dataclasses.asdict(self.config),
-            }
-        }
-
-    def load_state(self, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
-        """Inverse of :meth:`state`; an optimizer or timestep sampler of another kind than the
-        state's starts anew.
-        """
-        names = [name for name, _ in self.model.named_parameters()]
-        self.model.load_state_dict(tensors["model"])
-        self.ema.load_state_dict(tensors["ema"])
-        if state["config"]["optimizer"] == self.config.optimizer:
-            restore_optimizer(self.optimizer, names, tensors["optimizer"], state["optimizer"])
-        if state["config"]["schedule_sampler"] == self.config.schedule_sampler:
-            self.timestep_sampler.load_state_dict(tensors["sampler"])
-        self.step = state["step"]
-        self.bad_steps.fill_(state["bad_steps"])
+        self.model.load_state_dict(state.tensors["model"])
+        self.ema.load_state_dict(state.tensors["ema"])
+        if state.config["optimizer"] == self.config.optimizer:
+            tensors = state.tensors["optimizer"]
+            restore_optimizer(self.optimizer, names, tensors, state.optimizer)
+        if state.config["schedule_sampler"] == self.config.schedule_sampler:
+            self.timestep_sampler.load_state_dict(state.tensors["sampler"])
+        self.step = state.step
+        self.skipped_steps.fill_(state.skipped_steps)
 
 
-def steps_per_epoch(count: int, global_batch_size: int) -> int:
-    """Whole batches in ``count`` images; what does not fill one is dropped.
-
-    Raises:
-        UserError: there is not one.
-    """
-    if count < global_batch_size:
-        raise UserError(f"{count} images are fewer than --global-batch-size {global_batch_size}")
-    return count // global_batch_size
-
-
-class BatchIndices:
-    """(indices, flips) of this process's share of each step from ``first_step`` on, without end;
-    flips are those of the images' turns, for features that store both orientations."""
-
-    def __init__(
-        self, count: int, seed: int, global_batch_size: int, rows: slice, first_step: int = 0
-    ):
-        self.count, self.seed, self.batch, self.rows, self.first_step = (
-            count,
-            seed,
-            global_batch_size,
-            rows,
-            first_step,
+def _check_precision(config: TrainConfig, accelerator: Accelerator) -> None:
+    """The configuration decides the precision; refuse an accelerator that asks for another."""
+    if accelerator.mixed_precision not in ("no", config.precision):
+        raise UserError(
+            f"the accelerator computes in {accelerator.mixed_precision}, the training configuration "
+            f"in {config.precision}; leave mixed_precision to TrainConfig.precision (--precision)"
         )
-        self.steps_per_epoch = steps_per_epoch(count, global_batch_size)
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        step = self.first_step
-        while True:
-            epoch, position = divmod(step, self.steps_per_epoch)
-            start = position * self.batch
-            indices = epoch_order(self.seed, epoch, self.count)[start : start + self.batch]
-            flips = torch.randint(2, (self.batch,), generator=generator(self.seed, "flip", step))
-            yield indices[self.rows].numpy(), flips[self.rows].numpy()
-            step += 1
-
-
-def batches(
-    features: Features, indices: BatchIndices, num_workers: int, pin_memory: bool
-) -> Generator:
-    """(what is stored, labels) of each step, read ahead by ``num_workers`` processes. Close it:
-    they end with it.
-    """
-    loader = iter(
-        torch.utils.data.DataLoader(
-            features,
-            batch_size=None,
-            sampler=indices,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            worker_init_fn=_ignore_signals,
-        )
-    )
-    try:
-        yield from loader
-    finally:
-        if (
-            num_workers > 0
-        ):  # not left to the garbage collector: a process waits for workers at its exit, and no signal ends these
-            loader._shutdown_workers()
-
-
-def _ignore_signals(worker: int) -> None:
-    """Whether to stop is for the process that trains to decide; its workers read on until it tells
-    them.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

@@ -102,15 +102,31 @@ def write_or_check_settings(
     Raises:
         UserError: the recorded settings differ; the message names the fields.
     """
-    path, settings = Path(path), json.loads(json.dumps(settings))  # as it will be read back
-    if not path.exists():
-        make_folder(path.parent)
-        write_json(path, {**settings, **(info or {})})
+    path = Path(path)
+    if path.exists():
+        check_settings(path.parent, read_json(path), settings, remedy)
         return
-    found = read_json(path)
-    differing = differences({name: found.get(name) for name in settings}, settings)
+    make_folder(path.parent)
+    write_json(path, {**settings, **(info or {})})
+
+
+def check_settings(folder: Path, recorded: dict, settings: dict, remedy: str) -> None:
+    """Compare recorded settings with those that are asked for.
+
+    Args:
+        folder: holds the files that were made with the recorded settings.
+        recorded: as read from JSON; further keys are ignored.
+        settings: what is asked for.
+        remedy: what the user should do where they differ; ends the message.
+
+    Raises:
+        UserError: they differ; the message names the fields.
+    """
+    settings = json.loads(json.dumps(settings))  # lists for tuples, as recorded
+    recorded = {name: recorded.get(name) for name in settings}
+    differing = differences(recorded, settings)
     if differing:
-        raise UserError(f"{path.parent} was made with different settings ({differing}); {remedy}")
+        raise UserError(f"{folder} was made with different settings ({differing}); {remedy}")
 
 
 def differences(old: dict, new: dict) -> str:

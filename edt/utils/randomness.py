@@ -1,13 +1,16 @@
-"""Randomness derived, not stored: every draw is a function of (seed, stream, step) and of what it
-is for.
+"""Randomness that is derived and not stored.
+
+Every draw is a function of (seed, stream, step) and of what it is for. The stream is the name of the
+purpose, e.g. "noise" or "labels".
 
 Training draws a whole global batch from one generator per stream and step (:func:`generator`), on
-every process, and each process keeps its rows: one process and many see the same draws, and
-resuming needs no generator state. What belongs to one image - its first noise, its label, its flip
-- is a function of the image's index besides (:func:`normal`, :func:`integers`): batch size and
-number of processes do not matter."""
+every process, and each process keeps its rows. So one process and many see the same draws, and a
+continued run needs no generator state.
 
-import functools
+What belongs to one image (its noise, its label, its flip) is also a function of the image's index
+(:func:`normal`, :func:`integers`). So batch size and number of processes do not matter.
+"""
+
 import hashlib
 import math
 
@@ -19,9 +22,8 @@ _MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
 def _key(seed: int, stream: str, step: int) -> int:
     """A signed 64-bit hash."""
-    return int.from_bytes(
-        hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=8).digest(), signed=True
-    )
+    digest = hashlib.blake2b(f"{seed}/{stream}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True)
 
 
 def generator(
@@ -31,15 +33,11 @@ def generator(
     return torch.Generator(device).manual_seed(_key(seed, stream, step))
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, count: int) -> torch.Tensor:
-    """The order in which an epoch visits ``count`` images, (count,) int64."""
-    return torch.randperm(count, generator=generator(seed, "order", epoch))
-
-
 def _mix(z: torch.Tensor) -> torch.Tensor:
-    """The finaliser of SplitMix64 (Steele et al., 2014); int64 wraps around, and >> must not copy
-    the sign.
+    """The finaliser of SplitMix64 (Steele et al., 2014).
+
+    int64 wraps around as the unsigned type does. The masks remove the copies of the sign bit that
+    >> shifts in.
     """
     z = (z ^ (z >> 30 & (1 << 34) - 1)) * _MIX[0]
     z = (z ^ (z >> 27 & (1 << 37) - 1)) * _MIX[1]
@@ -47,8 +45,9 @@ def _mix(z: torch.Tensor) -> torch.Tensor:
 
 
 def _bits(seed: int, stream: str, step: int, indices: torch.Tensor, count: int) -> torch.Tensor:
-    """64 random bits for each of ``count`` counters of each index, (len(indices), count) int64, the
-    same everywhere.
+    """64 random bits for each of ``count`` counters of each index, (len(indices), count) int64.
+
+    They are the same on every device.
     """
     start = _mix(_mix(indices.long() * _WEYL) ^ _key(seed, stream, step))
     return _mix(start[:, None] + torch.arange(1, count + 1, device=indices.device) * _WEYL)
@@ -65,22 +64,46 @@ def normal(
     """Standard normal noise of some images.
 
     Args:
-        seed, stream, step: what it is for.
+        seed: of the run.
+        stream: name of the purpose.
+        step: number of the draw.
         indices: the images, (n,) int64.
         shape: shape of one image's noise.
+        device: of the result.
 
     Returns:
-        (n, *shape) float32 on ``device``. Row i depends on indices[i] and not on the others.
+        (n, *shape) float32. Row i depends on indices[i] and not on the others.
     """
     numbers = math.prod(shape)
     bits = _bits(seed, stream, step, indices.to(device), (numbers + 1) // 2)
-    # Box-Muller on the two halves of the bits; + 1 keeps the logarithm finite.
+    # Box-Muller on the two halves of the bits. The + 1 keeps the logarithm finite.
     radius = (-2 * (((bits >> 32 & 0xFFFFFFFF) + 1).double() / 2**32).log()).sqrt()
     angle = 2 * math.pi * (bits & 0xFFFFFFFF).double() / 2**32
     pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
     return pairs[:, :numbers].float().view(-1, *shape)
 
 
+class ImageNoise:
+    """The noise of some images at each step of a sampling loop: ``noise(step)``.
+
+    Args:
+        seed: of the samples.
+        indices: the images, (n,) int64.
+        shape: shape of one image's latent.
+        device: of the noise.
+    """
+
+    def __init__(
+        self, seed: int, indices: torch.Tensor, shape: tuple[int, ...], device: torch.device
+    ) -> None:
+        self.seed, self.indices = seed, indices.to(device)
+        self.shape, self.device = shape, device
+
+    def __call__(self, step: int) -> torch.Tensor:
+        """Noise (n, *shape) of a loop step; step 0 is the noise that the loop starts from."""
+        return normal(self.seed, "noise", step, self.indices, self.shape, self.device)
+
+
 def integers(seed: int, stream: str, step: int, indices: torch.Tensor, high: int) -> torch.Tensor:
-    """Uniform integers in [0, high), one an index, (n,) int64 on the device of ``indices``."""
+    """Uniform integers in [0, high), one per index, (n,) int64 on the device of ``indices``."""
     return (_bits(seed, stream, step, indices, 1)[:, 0] & (1 << 63) - 1) % high

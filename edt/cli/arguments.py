@@ -1,0 +1,191 @@
+"""Argument types and groups that several scripts share."""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from edt.amm import AMM_FORMS
+from edt.checkpoints.loading import WeightsKind
+from edt.diffusion import SOLVERS
+from edt.nn.attention import ATTENTION_BACKENDS
+from edt.nn.compilation import COMPILE_MODES
+from edt.nn.precision import PRECISIONS
+from edt.registry import MODELS
+from edt.sampling.config import GUIDANCE_CHANNELS, SamplingConfig
+from edt.utils.choices import choices
+
+Parser = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+# ---------------------------------------------------------------------------------------------
+# Argument types
+
+
+def true_or_false(text: str) -> bool:
+    """Argument type for ``--flag True|False``, in any case."""
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return values[text.lower()]
+
+
+class Number:
+    """Argument type: a finite number in a range.
+
+    Args:
+        kind: int or float.
+        least: smallest value.
+        above: the value must be larger than this.
+        most: largest value.
+    """
+
+    def __init__(
+        self,
+        kind: type[int] | type[float] = int,
+        least: float = -math.inf,
+        above: float = -math.inf,
+        most: float = math.inf,
+    ) -> None:
+        self.kind, self.least, self.above, self.most = kind, least, above, most
+        self.__name__ = kind.__name__  # argparse puts it into "invalid int value"
+
+    def __call__(self, text: str) -> int | float:
+        value = self.kind(text)
+        in_range = self.least <= value <= self.most and value > self.above
+        if in_range and math.isfinite(value):
+            return value
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most}
+        terms = ["finite"] if self.kind is float else []
+        terms += [f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound)]
+        raise argparse.ArgumentTypeError(f"{text} is not {' and '.join(terms)}")
+
+
+COUNT = Number(least=1)
+COUNT_OR_ZERO = Number(least=0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Configurations
+
+
+def describe(values: Mapping[Any, str]) -> str:
+    """The help text of a choice: "value: what it means; ..."."""
+    # argparse formats help texts with %, so a literal % is doubled.
+    return "; ".join(f"{name}: {text}" for name, text in values.items()).replace("%", "%%")
+
+
+def set_defaults_from(parser: argparse.ArgumentParser, *configs: type) -> None:
+    """Give the flags of configuration dataclasses the defaults of their fields."""
+    for config in configs:
+        for field in dataclasses.fields(config):
+            parser.set_defaults(**{field.name: field.default})
+
+
+def from_arguments(config: type, args: argparse.Namespace) -> Any:
+    """A configuration dataclass from the arguments that are named as its fields."""
+    names = [field.name for field in dataclasses.fields(config) if hasattr(args, field.name)]
+    return config(**{name: getattr(args, name) for name in names})
+
+
+# ---------------------------------------------------------------------------------------------
+# Groups of flags
+
+
+def add_speed_arguments(parser: Parser) -> None:
+    """Add what changes speed, and results by rounding only."""
+    parser.add_argument("--precision", choices=PRECISIONS, help=describe(PRECISIONS))
+    parser.add_argument(
+        "--compile",
+        choices=COMPILE_MODES,
+        default="off",
+        help=f"what torch.compile compiles. {describe(COMPILE_MODES)}",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTION_BACKENDS,
+        default="auto",
+        help=describe(ATTENTION_BACKENDS),
+    )
+
+
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, amm_type: Callable[[str], Any], amm_values: str
+) -> None:
+    """Add what both image generators take; the defaults are those of SamplingConfig.
+
+    Args:
+        parser: the script's.
+        amm_type: argument type of --amm.
+        amm_values: its values, for --help.
+    """
+    p = parser
+    p.add_argument(
+        "--ckpt",
+        required=True,
+        metavar="PATH",
+        help="run folder, checkpoint folder, .safetensors file, or a .pt file of the release",
+    )
+    p.add_argument(
+        "--weights", choices=choices(WeightsKind), default="ema", help="of the checkpoint"
+    )
+    p.add_argument("--model", metavar="NAME", help=f"expected model, one of {', '.join(MODELS)}")
+    p.add_argument("--image-size", type=int, metavar="PIXELS", help="expected image size")
+    p.add_argument("--num-classes", type=int, help="expected number of classes")
+    p.add_argument(
+        "--vae",
+        help="ema, mse, a folder, a hub id, or pixels; default: the VAE that the checkpoint was "
+        "trained with, else ema",
+    )
+    p.add_argument("--cfg-scale", type=float, help="scale of guidance; 1: no guidance")
+    p.add_argument(
+        "--cfg-channels",
+        choices=GUIDANCE_CHANNELS,
+        help=f"noise channels that are guided. {describe(GUIDANCE_CHANNELS)}",
+    )
+    p.add_argument(
+        "--cfg-interval",
+        type=int,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="guide only at timesteps LO to HI of the 1000-step process; 0 is clean, 999 noise",
+    )
+    p.add_argument(
+        "--num-sampling-steps",
+        metavar="STEPS",
+        help="250; with ddpm and ddim also ddim50, or sections like 10,15,25",
+    )
+    p.add_argument(
+        "--solver", choices=SOLVERS, help="ddpm is the release's; dpm++ and unipc need few steps"
+    )
+    add_speed_arguments(p)
+    set_defaults_from(p, SamplingConfig)
+    _add_amm_arguments(p, amm_type, amm_values)
+
+
+def _add_amm_arguments(
+    parser: argparse.ArgumentParser, amm_type: Callable[[str], Any], amm_values: str
+) -> None:
+    g = parser.add_argument_group("Attention Modulation Matrix")
+    g.add_argument("--amm", nargs="?", const=True, type=amm_type, metavar=amm_values)
+    g.add_argument(
+        "--no-amm", dest="amm", action="store_false", help="off, whatever the options below say"
+    )
+    g.add_argument(
+        "--amm-blocks",
+        metavar="BLOCKS",
+        help="0-based, e.g. 7,10; default: by model, resolution and guidance scale",
+    )
+    g.add_argument(
+        "--amm-form", choices=AMM_FORMS, help=f"{describe(AMM_FORMS)}; default: by resolution"
+    )
+    g.add_argument(
+        "--amm-radius", type=float, metavar="TOKENS", help="default: the paper's sqrt((N-1)^2+4)"
+    )
+
+
+def path_or_none(text: str | None) -> Path | None:
+    """A path from an optional argument."""
+    return None if text is None else Path(text)

@@ -1,0 +1,130 @@
+"""Draw images of chosen classes as a grid: with AMM, without, and their difference.
+
+    python image_generator.py --model EDT-XL/2 --ckpt EDT-XL.pt \\
+        --classes "golden retriever" 360 --cfg-scale 4
+
+All three are drawn from the same noise.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from edt.cli.arguments import COUNT, add_sampling_arguments, from_arguments, true_or_false
+from edt.cli.build import LoadedModel, load_for_sampling, set_amm_from_arguments
+from edt.cli.main import exit_on_user_error
+from edt.data.class_names import class_names, find_class
+from edt.sampling.config import SamplingConfig
+from edt.sampling.generate import generate
+from edt.sampling.image_grid import difference, make_captioned_grid
+from edt.utils.distributed import get_distributed_env
+from edt.utils.files import atomic_write, make_folder
+
+# The release's: two sharks, sea anemone, two dogs, cat, goldfinch, magpie, titmouse.
+IMAGENET_CLASSES = (2, 3, 108, 230, 232, 281, 11, 18, 19)
+
+
+def both_or_one(text: str) -> str | bool:
+    """Argument type of --amm."""
+    return "both" if text.lower() == "both" else true_or_false(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of the script that draws classes."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_sampling_arguments(p, amm_type=both_or_one, amm_values="both|True|False")
+    p.add_argument(
+        "--classes",
+        "--class-labels",
+        nargs="+",
+        metavar="CLASS",
+        help="numbers, or names of ImageNet or of your folders; default: nine of ImageNet, or the "
+        "first nine",
+    )
+    p.add_argument("--num-variations", type=COUNT, default=5, help="images per class")
+    p.add_argument("--per-proc-batch-size", type=COUNT, default=50)
+    p.add_argument("--seed", "--global-seed", type=int, help="fixes the noise")
+    p.add_argument("--output-dir", "--results-dir", default="visual", metavar="DIR")
+    p.set_defaults(amm="both", cfg_scale=4.0, seed=1)
+    return p
+
+
+def choose_classes(names: list[str] | None, known: list[list[str]]) -> list[int]:
+    """Class indices by index or name; without names the release's, or the first nine.
+
+    Args:
+        names: what the user gave.
+        known: the names of each class.
+    """
+    if names:
+        return [find_class(name, known) for name in names]
+    if len(known) == 1000:
+        return list(IMAGENET_CLASSES)
+    return list(range(min(9, len(known))))
+
+
+def draw_images(
+    loaded: LoadedModel,
+    config: SamplingConfig,
+    classes: list[int],
+    variations: int,
+    batch_size: int,
+) -> torch.Tensor:
+    """Draw images of some classes, (classes, variations, H, W, 3) uint8."""
+    labels = torch.tensor(classes).repeat_interleave(variations)
+    batches = generate(
+        loaded.model,
+        loaded.vae,
+        config,
+        torch.arange(len(labels)),
+        batch_size,
+        labels=labels,
+        progress=True,
+    )
+    images = torch.cat([batch.images for batch in batches])
+    return images.unflatten(0, (len(classes), variations))
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> int:
+    """Draw; returns the exit code."""
+    args = parser().parse_args(argv)
+    config: SamplingConfig = from_arguments(SamplingConfig, args)
+    loaded = load_for_sampling(args, get_distributed_env().device)
+    model = loaded.model
+    class_folders = loaded.info.features.classes
+    names = class_names(model.num_classes, class_folders)
+    classes = choose_classes(args.classes, names)
+    set_amm_from_arguments(model, args)
+    blocks = [str(modulation.block) for modulation in model.modulations]
+    folder = make_folder(Path(args.output_dir) / f"seed{args.seed}-cfg{args.cfg_scale}")
+
+    drawing = (loaded, config, classes, args.num_variations, args.per_proc_batch_size)
+    images = draw_images(*drawing)
+    name = "amm-" + "-".join(blocks) if blocks else "noamm"
+    column_captions: list[str] = []
+    if args.amm == "both":
+        model.set_amm(None)
+        without = draw_images(*drawing)
+        images = torch.stack([images, without, difference(images, without)], dim=2).flatten(1, 2)
+        captions = [f"AMM {', '.join(blocks)}", "without", "difference"]
+        column_captions = captions * args.num_variations
+        name += "-and-without"
+
+    row_captions = []
+    for label in classes:
+        first_name = names[label][0]
+        is_number = first_name == str(label)  # a folder that is named by its index
+        row_captions.append(first_name if is_number else f"{label} {first_name}")
+    path = folder / f"grid-{name}.png"
+    with atomic_write(path) as temporary:
+        make_captioned_grid(images, row_captions, column_captions).save(temporary, format="png")
+    print(f"rows: {'; '.join(row_captions)}\n{path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,246 @@
+"""Train EDT on extracted features with the masking strategy.
+
+accelerate launch --multi_gpu --num_processes 8 train_mask_adan.py --model EDT-S/2 \\
+    --feature-path features256 --run-dir results/s --epochs 81
+"""
+
+import argparse
+import contextlib
+import logging
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from edt.checkpoints.loading import read_weights
+from edt.cli.arguments import (
+    COUNT,
+    COUNT_OR_ZERO,
+    Number,
+    add_speed_arguments,
+    describe,
+    from_arguments,
+    path_or_none,
+    set_defaults_from,
+)
+from edt.cli.build import check_speed
+from edt.cli.main import exit_on_user_error
+from edt.data.batches import steps_per_epoch
+from edt.data.features import open_features
+from edt.data.vae import load_vae
+from edt.diffusion import TIMESTEP_SAMPLERS
+from edt.masking import MASKINGS
+from edt.registry import MODELS, create_model
+from edt.training.accelerator import create_accelerator
+from edt.training.config import PASS_NOISES, LoopConfig, TrainConfig, default_init_lr
+from edt.training.init_from import init_from
+from edt.training.loop import configure_logging, training_loop
+from edt.training.metrics import Tracker, check_tracker, drop_rows_after, start_tracker
+from edt.training.optim import OPTIMIZERS
+from edt.training.run_dir import (
+    RunDirectory,
+    choose_run_dir,
+    lock_run_dir,
+    newest_run_dir,
+    resolve_resume,
+)
+from edt.training.trainer import Trainer
+from edt.utils.choices import choices
+
+RESUME_RUN = "RUN-DIR"  # --resume without a path
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of the training script."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--feature-path",
+        "--features-path",
+        default="features256",
+        metavar="DIR",
+        help="folder made by extract_features.py",
+    )
+    p.add_argument("--model", default="EDT-S/2", metavar="NAME", help=f"one of {', '.join(MODELS)}")
+    p.add_argument(
+        "--num-classes",
+        type=int,
+        help="default: the features' own, or 1000 where they do not say; 0: unconditional",
+    )
+    p.add_argument("--image-size", type=int, metavar="PIXELS", help="expected of the features")
+    p.add_argument("--vae", help="expected of the features")
+    _add_run_arguments(p.add_argument_group("run"))
+    _add_method_arguments(p.add_argument_group("method"))
+    add_speed_arguments(p.add_argument_group("speed"))
+    set_defaults_from(p, TrainConfig, LoopConfig)
+    p.set_defaults(init_lr=None, max_steps=None)  # by model, by --epochs
+    return p
+
+
+def _add_run_arguments(g: argparse._ArgumentGroup) -> None:
+    """Add what the weights do not depend on."""
+    add = g.add_argument
+    add("--results-dir", default="results", metavar="DIR", help="a new run is DIR/NNN-MODEL")
+    add("--run-dir", metavar="DIR", help="the run's folder; continued if it holds a checkpoint")
+    add(
+        "--resume",
+        "--checkpoint-path",
+        nargs="?",
+        const=RESUME_RUN,
+        metavar="PATH",
+        help="demand a checkpoint to continue from: PATH is a checkpoint or a run, by default "
+        "--run-dir, or the newest run of the model in --results-dir",
+    )
+    add("--resume-step", type=int, metavar="STEP", help="demand the checkpoint of this step")
+    add(
+        "--allow-config-change",
+        action="store_true",
+        help="continue with other flags of the method, or with other features",
+    )
+    add(
+        "--init-from",
+        metavar="CKPT",
+        help="start from the weights of another model, as far as they fit",
+    )
+    add("--epochs", type=COUNT, default=90, help="passes over the features")
+    add("--max-steps", type=COUNT, metavar="STEPS", help="stop here instead of after --epochs")
+    add("--log-every", type=COUNT, metavar="STEPS")
+    add("--ckpt-every", type=COUNT, metavar="STEPS")
+    add("--keep-last", type=COUNT, default=3, metavar="N", help="newest checkpoints that stay")
+    add(
+        "--keep-every",
+        type=COUNT,
+        default=50_000,
+        metavar="STEPS",
+        help="checkpoints at multiples of this many steps stay, too",
+    )
+    add(
+        "--sample-every",
+        type=COUNT_OR_ZERO,
+        metavar="STEPS",
+        help="steps between grids of EMA samples from the same noise; 0: none",
+    )
+    add("--tracker", choices=choices(Tracker), help="log there too")
+    add("--num-workers", type=COUNT_OR_ZERO, help="processes that read features ahead")
+    add(
+        "--max-skipped-steps",
+        "--max-bad-steps",
+        type=COUNT,
+        metavar="STEPS",
+        help="stop after so many steps in a row whose loss or gradient is not finite",
+    )
+
+
+def _add_method_arguments(g: argparse._ArgumentGroup) -> None:
+    """Add what the weights depend on."""
+    add = g.add_argument
+    share = Number(float, least=0, most=1)
+    positive = Number(float, above=0)
+    add("--global-batch-size", type=COUNT, metavar="IMAGES", help="over all processes")
+    add(
+        "--micro-batch-size",
+        "--mini-batch-size",
+        type=Number(least=-1),
+        metavar="IMAGES",
+        help="images that a process puts through the network at once; the update is the same",
+    )
+    add(
+        "--separate-passes",
+        action="store_true",
+        help="full and masked pass one after the other: slower, less memory, the same update",
+    )
+    add("--init-lr", type=positive, help="default: 1e-3; 5e-4 for EDT-XL")
+    add("--final-lr", type=positive, help="learning rate after --lr-steps")
+    add("--lr-steps", type=COUNT, help="steps from --init-lr to --final-lr, linearly")
+    add("--optimizer", choices=OPTIMIZERS, help=describe(OPTIMIZERS))
+    add("--max-grad-norm", "--clip", type=positive, help="default: gradients are not clipped")
+    add("--ema-decay", type=share, help="per step")
+    add("--label-dropout", type=share, help="share of labels that become the null class")
+    add("--masking", choices=MASKINGS, help=describe(MASKINGS))
+    add("--noise", choices=PASS_NOISES, help=describe(PASS_NOISES))
+    add("--schedule-sampler", "--schedule_sampler", choices=TIMESTEP_SAMPLERS)
+    add("--min-snr-gamma", type=positive, help="gamma of the loss weight min(SNR, gamma) / SNR")
+    add("--global-seed", type=int, dest="seed", help="fixes initial weights, data and draws")
+
+
+def find_run(args: argparse.Namespace) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint or run that --resume demands (None: no demand)."""
+    run_dir, results_dir = path_or_none(args.run_dir), Path(args.results_dir)
+    demands_run = args.resume == RESUME_RUN or (
+        args.resume is None and args.resume_step is not None
+    )
+    resume = path_or_none(args.resume)
+    if demands_run:
+        resume = run_dir or newest_run_dir(results_dir, args.model)
+    return choose_run_dir(run_dir, results_dir, args.model, resume), resume
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> int:
+    """Train; returns the exit code."""
+    args = parser().parse_args(argv)
+    check_tracker(args.tracker)
+    args.init_lr = args.init_lr or default_init_lr(args.model)
+    config: TrainConfig = from_arguments(TrainConfig, args)
+
+    features = open_features(args.feature_path)
+    features.validate_against(args.image_size, args.vae, args.num_classes)
+    info = features.info()
+    epoch_steps = steps_per_epoch(len(features), config.global_batch_size)
+    args.max_steps = args.max_steps or args.epochs * epoch_steps
+    loop_config: LoopConfig = from_arguments(LoopConfig, args)
+
+    accelerator = create_accelerator()
+    check_speed(args, accelerator.device)
+    channels, side, _ = features.latent_shape
+    torch.manual_seed(config.seed)  # the initial weights
+    model = create_model(
+        args.model,
+        input_size=side,
+        in_channels=channels,
+        num_classes=features.num_classes,
+        image_size=info.image_size,
+    )
+    report = None
+    if args.init_from:
+        report = init_from(model, read_weights(args.init_from).tensors)
+    model.set_attention(args.attention)
+    trainer = Trainer(
+        model, config, accelerator, args.micro_batch_size, args.separate_passes, args.compile
+    )
+
+    # The first process decides: the others may see the results folder a moment later.
+    folder, resume = broadcast_object_list([*find_run(args)])
+    run_dir = RunDirectory(
+        folder, args.model, model.config, info.to_dict(), args.keep_last, args.keep_every
+    )
+    is_main = accelerator.is_main_process
+    with lock_run_dir(folder) if is_main else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        configure_logging(folder / "log.txt", is_main)
+        checkpoint = resolve_resume(folder, resume, args.resume_step)
+        if checkpoint is not None:
+            trainer.load_state(run_dir.load(checkpoint, config, args.allow_config_change))
+            epoch = trainer.step / epoch_steps
+            logging.info("resumed %s at step %d, epoch %.2f", checkpoint, trainer.step, epoch)
+        else:
+            logging.info("training %s in %s: %s", args.model, folder, config)
+        if checkpoint is None and report is not None:
+            for name, parameters in report._asdict().items():
+                shown = ", ".join(parameters[:8])
+                logging.info(
+                    "from %s: %d parameters %s: %s", args.init_from, len(parameters), name, shown
+                )
+        if is_main:
+            drop_rows_after(run_dir.metrics, trainer.step)
+        if args.tracker:
+            start_tracker(accelerator, args.tracker, folder, vars(args))
+        vae = load_vae(info.vae or "ema", accelerator.device) if args.sample_every else None
+        code = training_loop(trainer, features, run_dir, loop_config, vae)
+    accelerator.end_training()
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

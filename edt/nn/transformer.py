@@ -1,0 +1,127 @@
+"""The interface that every network of the project offers to trainer, sampler and AMM."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from edt.nn.attention import AttentionBackend
+from edt.nn.layers import Attention
+from edt.utils.choices import check_choice
+
+
+class DiffusionTransformer(nn.Module):
+    """A transformer that predicts noise and variance range of a noised latent.
+
+    A model family is a subclass. It implements every method here that raises NotImplementedError.
+
+    Attributes:
+        config: frozen dataclass that fixes the network. It has at least input_size (side of the
+            square latent), in_channels (of the latent), num_classes (0: unconditional) and
+            image_size (pixels of the images, None where unknown).
+        passes_fit_one_batch: whether the full and the masked pass have equal token counts before
+            the first mask, so that both go through the network as one batch.
+    """
+
+    config: Any
+    passes_fit_one_batch: ClassVar[bool]
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None, masks: Any = None
+    ) -> torch.Tensor:
+        """Predict noise and variance range, (B, 2C, S, S).
+
+        Args:
+            x: noised latents, (B, C, S, S).
+            t: timesteps of the 1000-step process, (B,).
+            y: class labels, (B,) int; ``num_classes`` is the null class, None means it for all.
+            masks: the family's masks for a masked training pass, or None.
+        """
+        raise NotImplementedError
+
+    def attention_blocks(self) -> list[Attention]:
+        """The attention modules, in the order of AMM's block numbers."""
+        raise NotImplementedError
+
+    def compilable_modules(self) -> list[nn.Module]:
+        """The modules that ``--compile block`` compiles one by one."""
+        raise NotImplementedError
+
+    def set_amm(
+        self,
+        blocks: str | Sequence[int] | None,
+        *,
+        form: Any = None,
+        radius: float | None = None,
+        cfg_scale: float = 1.0,
+    ) -> tuple[int, ...]:
+        """Switch the Attention Modulation Matrix on for some blocks, or off; see ``EDT.set_amm``."""
+        raise NotImplementedError
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the latent; the output has twice as many."""
+        return self.config.in_channels
+
+    @property
+    def num_classes(self) -> int:
+        """Classes besides the null class, whose label is this number."""
+        return self.config.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def set_attention(self, backend: AttentionBackend) -> None:
+        """Choose how attention is computed, see :data:`edt.nn.attention.ATTENTION_BACKENDS`."""
+        check_choice("attention backend", backend, AttentionBackend)
+        for attention in self.attention_blocks():
+            attention.backend = backend
+
+    def forward_with_cfg(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor | None,
+        cfg_scale: float,
+        *,
+        channels: int | None = None,
+    ) -> torch.Tensor:
+        """Predict with classifier-free guidance, (B, 2C, S, S).
+
+        With scale 1, or without labels, the result is the conditional forward itself, at the cost
+        of one forward pass. Otherwise it is :func:`guide` of a batch of twice the size.
+
+        Args:
+            x: noised latents, (B, C, S, S).
+            t: timesteps of the 1000-step process, (B,).
+            y: class labels, (B,) int, or None.
+            cfg_scale: guidance scale s.
+            channels: how many noise channels are guided; see :func:`guide`.
+        """
+        raise NotImplementedError
+
+
+def guide(output: torch.Tensor, cfg_scale: float, channels: int | None = None) -> torch.Tensor:
+    """Classifier-free guidance: eps_uncond + s (eps_cond - eps_uncond).
+
+    Channels that are not guided come from the conditional half.
+
+    Args:
+        output: of the network for B images with labels, then for the same images without,
+            (2B, 2C, S, S).
+        cfg_scale: guidance scale s.
+        channels: how many noise channels are guided, counted from the first. None guides 3 of 4
+            channels as the release does, and all channels of any other latent.
+
+    Returns:
+        (B, 2C, S, S).
+    """
+    cond, uncond = output.chunk(2)
+    if channels is None:
+        latent_channels = output.shape[1] // 2
+        channels = 3 if latent_channels == 4 else latent_channels
+    eps = uncond[:, :channels] + cfg_scale * (cond[:, :channels] - uncond[:, :channels])
+    return torch.cat([eps, cond[:, channels:]], dim=1)

@@ -1,0 +1,93 @@
+"""Everything that an image depends on, besides the weights and its index."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from edt.diffusion import GuidanceSchedule, Solver, create_sampler
+from edt.nn.precision import Precision
+from edt.utils.choices import check_fields
+from edt.utils.errors import UserError
+from edt.utils.randomness import integers
+
+GuidanceChannels = Literal["3", "all"]
+GUIDANCE_CHANNELS: dict[GuidanceChannels, str] = {
+    "3": "the first 3 of 4 noise channels, as the release; of any other latent all",
+    "all": "all noise channels",
+}
+LABEL_POLICIES = {
+    "uniform": "at random (the paper's way)",
+    "balanced": "the classes in turn",
+    "207,360": "your classes in turn, by index",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How images are sampled. Defaults are those of the 50,000-image script."""
+
+    seed: int = 42
+    """Fixes noise and labels."""
+    num_sampling_steps: str = "250"
+    """Calls of the model per image; see edt.diffusion.solvers.create_sampler."""
+    solver: Solver = "ddpm"
+    """See edt.diffusion.solvers.SOLVERS."""
+    cfg_scale: float = 1.0
+    """Scale of classifier-free guidance; 1 is no guidance."""
+    precision: Precision = "tf32"
+    """See edt.nn.precision.PRECISIONS. The state of the sampler is always float32."""
+    labels: str = "uniform"
+    """See LABEL_POLICIES."""
+    cfg_channels: GuidanceChannels = "3"
+    """See GUIDANCE_CHANNELS."""
+    cfg_interval: tuple[int, int] | None = None
+    """Timesteps lo <= t <= hi at which the model is guided; None is all of them."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _ = self.guidance  # both raise a UserError where the fields cannot be combined
+        create_sampler(self.solver, self.num_sampling_steps)
+
+    @property
+    def guidance(self) -> GuidanceSchedule:
+        """Guidance scale as a function of the timestep."""
+        return GuidanceSchedule(self.cfg_scale, self.cfg_interval)
+
+    def guided_channels(self, in_channels: int) -> int | None:
+        """How many noise channels ``forward_with_cfg`` guides, for a latent of so many channels."""
+        return in_channels if self.cfg_channels == "all" else None
+
+    def labels_of(self, indices: torch.Tensor, num_classes: int) -> torch.Tensor:
+        """Labels of images, (n,) int64.
+
+        Args:
+            indices: the images, (n,) int64.
+            num_classes: of the model; 0 is unconditional.
+
+        Raises:
+            UserError: the labels cannot be read, or a class is outside the model's.
+        """
+        if num_classes == 0:
+            return torch.zeros_like(indices)
+        if self.labels == "uniform":
+            return integers(self.seed, "labels", 0, indices, num_classes)
+        if self.labels == "balanced":
+            return indices % num_classes
+        try:
+            classes = torch.tensor([int(part) for part in self.labels.split(",")])
+        except ValueError:
+            raise UserError(
+                f"cannot read labels {self.labels!r}; give uniform, balanced or e.g. 207,360"
+            ) from None
+        check_classes(classes.tolist(), num_classes)
+        return classes[indices % len(classes)]
+
+
+def check_classes(classes: Sequence[int], num_classes: int) -> None:
+    """Raise a UserError if a class is outside the model's."""
+    last = max(num_classes, 1) - 1
+    for label in classes:
+        if not 0 <= label <= last:
+            raise UserError(f"class {label} is outside the model's classes, 0 to {last}")

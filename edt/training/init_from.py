@@ -1,0 +1,56 @@
+"""Starting a model from the weights of another one, for fine-tuning."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from edt.nn.transformer import DiffusionTransformer
+
+
+class InitReport(NamedTuple):
+    """Names of parameters by what happened to them."""
+
+    kept: list[str]
+    resized: list[str]
+    new: list[str]
+
+
+@torch.no_grad()
+def init_from(model: DiffusionTransformer, weights: dict[str, torch.Tensor]) -> InitReport:
+    """Copy the weights that fit into a model, for other classes or another resolution.
+
+    Position biases of another grid are resized. Of a label table for another number of classes,
+    the null class is kept. Parameters of other shapes stay as they were initialised.
+
+    Args:
+        model: changed in place.
+        weights: named tensors of another model.
+    """
+    report = InitReport([], [], [])
+    for name, parameter in model.named_parameters():
+        source = weights.get(name)
+        if source is None or source.shape[1:] != parameter.shape[1:]:
+            report.new.append(name)
+        elif source.shape == parameter.shape:
+            parameter.copy_(source)
+            report.kept.append(name)
+        elif name.endswith("relative_position_bias_table"):
+            parameter.copy_(_resize_bias_table(source, len(parameter)))
+            report.resized.append(name)
+        elif name == "y_embedder.embedding_table.weight":
+            parameter[-1] = source[-1]
+            report.resized.append(name)
+        else:
+            report.new.append(name)
+    return report
+
+
+def _resize_bias_table(table: torch.Tensor, length: int) -> torch.Tensor:
+    """Bicubic interpolation over the offsets, (old length, heads) -> (length, heads)."""
+    old_side, new_side = math.isqrt(len(table)), math.isqrt(length)
+    offsets = table.T.reshape(1, -1, old_side, old_side)
+    resized = torch.nn.functional.interpolate(
+        offsets, size=(new_side, new_side), mode="bicubic", align_corners=True
+    )
+    return resized.reshape(-1, length).T

@@ -1,0 +1,187 @@
+"""What a run measures and writes: running means, metrics.jsonl, trackers."""
+
+import contextlib
+import errno
+import importlib.util
+import json
+import math
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
+
+from edt.nn.flops import forward_flops, peak_flops_per_sec
+from edt.training.trainer import StepReport, Trainer
+from edt.utils.errors import UserError
+from edt.utils.files import atomic_write
+
+QUARTILES = 4
+CONSOLE_LINE = (
+    "step %(step)d  images %(images_seen)d  epoch %(epoch).2f  loss %(loss).4f  "
+    "full %(loss_full).4f  masked %(loss_masked).4f  grad %(grad_norm).3g  lr %(lr).2e  "
+    "%(images_per_sec).1f images/s"
+)
+
+Tracker = Literal["tensorboard", "wandb"]
+
+
+class Meter:
+    """Running means over the steps since the last line of the log.
+
+    They stay on the device until they are read, since reading makes the host wait. A skipped step
+    counts in the rate and in no mean.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.device = trainer, trainer.device
+        passes = 1 if trainer.config.masking == "none" else 2
+        # The backward pass takes twice the operations of the forward pass.
+        self.flops_per_image = 3 * passes * forward_flops(trainer.model)
+        self.peak_flops_per_sec = peak_flops_per_sec(self.device, trainer.config.precision)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin new means."""
+        self.losses = torch.zeros(2, device=self.device)  # full pass, masked pass
+        # By quartile of the timestep: sum of weighted losses, sum of weights.
+        self.quartiles = torch.zeros(2, QUARTILES, device=self.device)
+        self.grad_norm = torch.zeros((), device=self.device)
+        self.applied_steps = torch.zeros((), device=self.device)
+        self.steps = 0
+        self.start_sec = time.perf_counter()
+
+    def add(self, report: StepReport) -> None:
+        """Take in a step.
+
+        Losses are weighted by importance, as they are trained on. Unweighted, they would rise when
+        the timestep sampler begins to prefer the hard timesteps.
+        """
+        self.steps += 1
+        applied = ~report.found_inf
+        self.applied_steps += applied
+        weight = report.weight * applied
+        weighted = torch.where(applied, report.losses, 0) * weight[:, None]
+        means = weighted.mean(dim=0)
+        self.losses[: len(means)] += means
+        quartile = report.t * QUARTILES // self.trainer.diffusion.num_timesteps
+        self.quartiles.index_add_(1, quartile, torch.stack([weighted.sum(dim=1), weight]))
+        self.grad_norm += torch.where(applied, report.grad_norm, 0)
+
+    def read(self, steps_per_epoch: int) -> dict[str, Any]:
+        """One line for the log: means since the last one. Begins new means."""
+        trainer, batch_size = self.trainer, self.trainer.config.global_batch_size
+        sums = torch.stack([*self.losses, self.grad_norm])
+        full, masked, grad_norm = (sums / self.applied_steps).tolist()
+        quartiles = (self.quartiles[0] / self.quartiles[1]).tolist()
+        images_per_sec = self.steps * batch_size / (time.perf_counter() - self.start_sec)
+        processes = trainer.accelerator.num_processes
+        flops_per_sec = images_per_sec * self.flops_per_image / processes
+        utilization = None
+        if self.peak_flops_per_sec is not None:
+            utilization = flops_per_sec / self.peak_flops_per_sec
+        row = {
+            "step": trainer.step,
+            "images_seen": trainer.step * batch_size,
+            "epoch": trainer.step / steps_per_epoch,
+            "loss": full + masked,
+            "loss_full": full,
+            "loss_masked": masked,
+            "loss_by_timestep_quartile": quartiles,
+            "grad_norm": grad_norm,
+            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "skipped_steps": int(trainer.skipped_steps),
+            "images_per_sec": images_per_sec,
+            "model_tflops_per_sec": flops_per_sec / 1e12,  # of one process
+            "model_flops_utilization": utilization,
+            "memory_gib": _peak_memory_bytes(self.device) / 2**30,
+        }
+        self.reset()
+        return row
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---------------------------------------------------------------------------------------------
+# metrics.jsonl
+
+
+def append_row(file: Path, row: dict[str, Any]) -> None:
+    """Append a line to a JSONL file, completely or not at all.
+
+    A value that is not finite, such as the mean of no steps, becomes null.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    values = {name: _finite_or_none(value) for name, value in row.items()}
+    line = json.dumps(values).encode() + b"\n"
+    try:
+        with open(file, "ab", buffering=0) as stream:
+            size = stream.tell()
+            if stream.write(line) < len(line):
+                stream.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {file} ({error.strerror}); free some disk space"
+        ) from None
+
+
+def drop_rows_after(file: Path, step: int) -> None:
+    """Drop an incomplete last line, and the lines of steps that are about to be taken again."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    with atomic_write(file) as temporary:
+        temporary.write_text("".join(kept))
+
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite_or_none(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
+# Trackers
+
+
+def check_tracker(tracker: Tracker | None) -> None:
+    """Raise a UserError if the package of a tracker is not installed."""
+    if tracker is not None and importlib.util.find_spec(tracker) is None:
+        raise UserError(f"--tracker {tracker} needs the package: pip install {tracker}")
+
+
+def start_tracker(
+    accelerator: Accelerator, tracker: Tracker, folder: Path, config: dict[str, Any]
+) -> None:
+    """Log to TensorBoard or Weights & Biases too, through accelerate.
+
+    Args:
+        accelerator: its ``log`` reaches the tracker from now on.
+        tracker: which one.
+        folder: the run's folder.
+        config: recorded with the run; values that a tracker cannot show become text.
+    """
+    accelerator.project_configuration.set_directories(str(folder))
+    accelerator.log_with = filter_trackers([tracker], str(folder))
+    shown = {
+        key: value if isinstance(value, int | float | str | bool) else str(value)
+        for key, value in config.items()
+    }
+    accelerator.init_trackers("edt", shown)
