@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edt.checkpoints.folder import build
-from edt.data.vae import PixelVAE, load_vae, to_uint8
+from edt.data.vae import PixelVAE
 from edt.nn.precision import round_weights
 from edt.sampling.generate import Recipe, generate
 from edt.sampling.npz_writer import SampleArchive
@@ -93,49 +93,6 @@ def test_rounded_weights_draw_the_same_images(model):
         kinds["blocks.0.mlp.fc1.weight"] == torch.bfloat16
         and kinds["final_layer.linear.weight"] == torch.float32
     )
-
-
-def test_bytes_are_adms():
-    x = torch.tensor([-2.0, -1.0, -0.9999, 0.0, 0.5, 1.0, 3.0]).view(1, 1, 1, -1).expand(1, 3, 1, 7)
-    assert to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 0, 128, 191, 255, 255]
-
-
-def test_missing_vae_is_named(tmp_path):
-    with pytest.raises(UserError, match="--vae"):
-        load_vae(str(tmp_path / "absent"))
-
-
-def test_sd_vae_form(tmp_path):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        norm_num_groups=4,
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-    ).save_pretrained(tmp_path)
-    vae = load_vae(str(tmp_path))
-    assert (vae.channels, vae.downsampling, vae.scaling_factor) == (4, 8, 0.18215)
-    images = golden_rule.normal(0, 2, 3, 32, 32).clamp(-1, 1)
-    posterior = vae.autoencoder.encode(images).latent_dist
-    latents, deviation = vae.encode(images)
-    torch.testing.assert_close(latents, 0.18215 * posterior.mean)
-    torch.testing.assert_close(deviation, 0.18215 * posterior.std)
-    assert vae.sha256 == load_vae(str(tmp_path)).sha256 and len(vae.sha256) == 64
-    torch.testing.assert_close(
-        vae.decode(latents), vae.autoencoder.decode(latents / 0.18215).sample
-    )
-    many = latents.repeat(20, 1, 1, 1)  # more than it decodes at once
-    torch.testing.assert_close(vae.decode(many)[-2:], vae.decode(latents))
-    rounded = load_vae(str(tmp_path), dtype=torch.bfloat16)
-    decoded = rounded.decode(latents)
-    assert (
-        decoded.dtype == torch.float32
-        and rounded.sha256 == vae.sha256
-        and not torch.equal(decoded, vae.decode(latents))
-    )
-    assert (decoded - vae.decode(latents)).norm() < 0.05 * vae.decode(latents).norm()
 
 
 def test_archive_is_an_npz_whoever_fills_it(tmp_path):

@@ -12,8 +12,7 @@ from edt.checkpoints.folder import build
 from edt.masking import TokenMasks
 from edt.training.loop import Meter
 from edt.training.step_inputs import PassDraws, StepDraws
-from edt.training.trainer import BatchIndices, TrainConfig, Trainer
-from edt.utils.errors import UserError
+from edt.training.trainer import TrainConfig, Trainer
 
 GOLDEN = golden_rule.load("train_s.npz")
 
@@ -303,20 +302,3 @@ def test_fresh_features_are_sampled_anew_each_step():
     trainer.step = 1
     assert not torch.equal(trainer.latents(moments), first)
     assert torch.equal(trainer.latents(moments[:, :3]), moments[:, :3])  # stored draws pass through
-
-
-def test_batches_cover_each_epoch_and_continue_anywhere():
-    def take(count, rows, first_step=0):
-        indices = BatchIndices(14, 7, 4, rows, first_step)
-        return [(i.tolist(), f.tolist()) for (i, f), _ in zip(indices, range(count), strict=False)]
-
-    whole = take(9, slice(0, 4))
-    for epoch in range(3):  # 3 batches of 4 an epoch; the 2 left over are dropped
-        seen = sum((indices for indices, _ in whole[3 * epoch : 3 * epoch + 3]), [])
-        assert len(set(seen)) == 12
-    assert whole[0] != whole[3] and {flip for _, flips in whole for flip in flips} == {0, 1}
-    assert take(4, slice(0, 4), first_step=5) == whole[5:9]
-    first, second = take(9, slice(0, 2)), take(9, slice(2, 4))
-    assert [(a[0] + b[0], a[1] + b[1]) for a, b in zip(first, second, strict=True)] == whole
-    with pytest.raises(UserError, match="3 images are fewer"):
-        BatchIndices(3, 0, 4, slice(0, 4))

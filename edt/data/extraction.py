@@ -1,20 +1,39 @@
-"""Images to features: decode, crop, flip, encode, write. What is written depends on the images'
-indices only: any number of processes and any batch size make the same files, and a second run makes
-what is missing (see edt.data.features)."""
+"""Extract features from a folder of images: decode, crop, mirror, encode, write.
 
+Every stored value is a function of the image's index and of the settings, so any number of
+processes and any batch size write the same files, up to the rounding of the VAE's sums. Processes
+need not talk: a shard belongs to one process, and the process that writes the last shard writes
+the manifest. A second run writes what is missing. Layouts and draws are described in
+:mod:`edt.data.features`.
+"""
+
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.functional import to_tensor
 
-from edt.data.features import FEATURES, LABELS, MANIFEST, sample_posterior
+from edt.data.batches import read_loader
+from edt.data.features import (
+    FEATURES_FOLDER,
+    LABELS_FILE,
+    LABELS_FOLDER,
+    MANIFEST_FILE,
+    SETTINGS_FILE,
+    Draw,
+    Layout,
+    sample_posterior,
+)
 from edt.data.images import center_crop, open_image_folder
-from edt.data.vae import LatentVAE, PixelVAE, latent_shape
+from edt.data.vae import VAE, latent_shape
+from edt.utils.choices import check_fields
 from edt.utils.errors import UserError
 from edt.utils.files import (
     atomic_write,
@@ -25,28 +44,53 @@ from edt.utils.files import (
 )
 from edt.utils.randomness import integers, normal
 
-CLAIM = "extraction.json"
-
 
 @dataclasses.dataclass(frozen=True)
 class ExtractionConfig:
-    """What the features depend on, besides the images and the VAE."""
+    """What the features depend on, apart from the images and the VAE.
+
+    Raises:
+        UserError: a field is not one of its choices or out of range, or two cannot be combined.
+    """
 
     image_size: int = 256
+    """Side of the images in pixels."""
     seed: int = 0
-    draw: str = "once"
-    """"once": one flip and one posterior sample an image, frozen (the release); "fresh": mean and
-    deviation of both orientations in float16, flips and samples drawn anew every epoch."""
+    """Of the flips and posterior samples that are drawn at extraction."""
+    draw: Draw = "once"
+    """"once": one flip and one posterior sample per image, as in the release. "fresh": mean and
+    standard deviation of both orientations in float16; every epoch draws its own."""
     flip: bool = True
     """False: images are never mirrored."""
-    layout: str = "packed"
-    """"packed" or "npy" (the release's, two files an image)."""
+    layout: Layout = "packed"
+    """"packed": large files. "npy": two files per image, as in the release."""
     shard_size: int = 8192
-    """Images of a packed file."""
+    """Images per file of the packed layout."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("image_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give a number of at least 1")
+        if self.draw == "fresh" and self.layout == "npy":
+            raise UserError(
+                "--draw fresh needs --layout packed; the release's layout holds one draw only"
+            )
 
 
-class CroppedImages(torch.utils.data.Dataset):
-    """(index, image (3, S, S) in [-1, 1]) of every image of a folder of class folders."""
+class CroppedImages(Dataset[tuple[int, torch.Tensor]]):
+    """Every image of a folder of class folders, as (index, image (3, S, S) in [-1, 1]).
+
+    Args:
+        path: the folder.
+        image_size: S, in pixels.
+
+    Attributes:
+        labels: (count,) int64.
+
+    Raises:
+        UserError: the folder has no images in class folders; later, an image cannot be read.
+    """
 
     def __init__(self, path: str | Path, image_size: int):
         self.folder, self.image_size = open_image_folder(path), image_size
@@ -59,30 +103,40 @@ class CroppedImages(torch.utils.data.Dataset):
         file = self.folder.samples[index][0]
         try:
             image, _ = self.folder[index]
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-        ):  # PIL's words for files that are no image, or half of one
+        # PIL raises any of these for a file that is not an image, or a truncated one.
+        except (OSError, SyntaxError, ValueError):
             raise UserError(
-                f"cannot read the image {file}; put a whole one in its place and run again (without it the features are others: "
-                "they need a new --features-path)"
+                f"cannot read the image {file}; replace it with a valid image and rerun, "
+                "or remove it and extract into a new --features-path"
             ) from None
         return index, to_tensor(center_crop(image, self.image_size)) * 2 - 1
 
 
 class Extraction:
-    """One extraction: what is to be written where, and one process's share of it.
+    """One extraction, and the part of it that this process does.
 
     Args:
-        vae_name: as given by the user; goes into the manifest.
-        rank, world_size: this process among those that share the work.
+        images: the images.
+        vae: their encoder.
+        vae_name: the VAE's name as the user gave it; recorded in the manifest.
+        path: folder of the features.
+        config: what is stored, and how.
+        rank: number of this process among those that share the work, from 0.
+        world_size: number of these processes.
+
+    Attributes:
+        shards: the image indices of each shard. In the npy layout every image is a shard.
+        my_shards: indices into ``shards`` of those that this process writes.
+        num_images: number of images in them.
+
+    Raises:
+        UserError: the VAE does not take images of this size.
     """
 
     def __init__(
         self,
         images: CroppedImages,
-        vae: PixelVAE | LatentVAE,
+        vae: VAE,
         vae_name: str,
         path: str | Path,
         config: ExtractionConfig,
@@ -90,160 +144,201 @@ class Extraction:
         world_size: int = 1,
     ):
         self.images, self.vae, self.path, self.config = images, vae, Path(path), config
-        self.latent_shape = channels, height, width = latent_shape(vae, config.image_size)
-        fresh = config.draw == "fresh"
-        self.shape = (1 + config.flip, 2 * channels, height, width) if fresh else self.latent_shape
-        self.dtype = "float16" if fresh else "float32"
-        if fresh and config.layout == "npy":
-            raise UserError(
-                "--draw fresh needs --layout packed; the release's layout has room for one draw only"
-            )
-        self.made_from = {
+        self.latent_shape = latent_shape(vae, config.image_size)
+        self.shape: tuple[int, ...] = self.latent_shape  # of what is stored per image
+        self.dtype, flips = "float32", "once"
+        if config.draw == "fresh":
+            # Two moments of two orientations are four times as many values; float16 halves them.
+            channels, height, width = self.latent_shape
+            self.shape = (1 + config.flip, 2 * channels, height, width)
+            self.dtype, flips = "float16", "both"
+        self.settings: dict[str, Any] = {
             "version": 1,
             "count": len(images),
             "shape": self.shape,
             "dtype": self.dtype,
-            "flips": ("both" if fresh else "once") if config.flip else "none",
+            "flips": flips if config.flip else "none",
             "scaling_factor": vae.scaling_factor,
             "crop": "center",
             "vae": {"id": vae_name, "sha256": vae.sha256},
             "classes": images.folder.classes,
-            "images_sha256": hashlib.sha256(
-                "\n".join(file for file, _ in self._names()).encode()
-            ).hexdigest(),
+            "images_sha256": self._paths_sha256(),
             **dataclasses.asdict(config),
         }
         size = config.shard_size if config.layout == "packed" else 1
-        self.units = [
-            range(start, min(start + size, len(images))) for start in range(0, len(images), size)
-        ]
-        self.share = range(rank, len(self.units), world_size)
-
-    def _names(self) -> list[tuple[str, int]]:
-        root = Path(self.images.folder.root)
-        return [
-            (str(Path(file).relative_to(root)), label) for file, label in self.images.folder.samples
-        ]
-
-    def _files(self, unit: int) -> list[Path]:
-        if self.config.layout == "packed":
-            return [self.path / f"shard-{unit:05d}.npy"]
-        return [self.path / kind / f"{unit}.npy" for kind in (FEATURES, LABELS)]
+        starts = range(0, len(images), size)
+        self.shards = [range(start, min(start + size, len(images))) for start in starts]
+        self.my_shards = range(rank, len(self.shards), world_size)
+        self.num_images = self._count_images(self.my_shards)
 
     def run(
         self, batch_size: int, num_workers: int, device: torch.device | str = "cpu"
     ) -> Iterator[int]:
-        """Write what is missing of this process's share; yields the number of images as they are
-        done.
+        """Write the shards of this process that are missing.
+
+        Args:
+            batch_size: images per call of the VAE.
+            num_workers: processes that decode images; 0 decodes in this process.
+            device: where the VAE is.
+
+        Yields:
+            the number of images that were found or done since the last time, for a progress bar.
 
         Raises:
             UserError: the folder holds other features, or an image cannot be read.
         """
-        write_or_check_settings(self.path / CLAIM, self.made_from, "give another --features-path")
-        for kind in (FEATURES, LABELS) if self.config.layout == "npy" else ():
-            (self.path / kind).mkdir(exist_ok=True)
-        todo = [unit for unit in self.share if not all(file.exists() for file in self._files(unit))]
-        yield sum(len(self.units[unit]) for unit in self.share) - sum(
-            len(self.units[unit]) for unit in todo
-        )
-        wanted = torch.utils.data.Subset(
-            self.images, [i for unit in todo for i in self.units[unit]]
-        )
-        loader = iter(torch.utils.data.DataLoader(wanted, batch_size, num_workers=num_workers))
-        encoded = np.empty((0, *self.shape), self.dtype)
-        for unit in todo:
-            rows, done = np.empty((len(self.units[unit]), *self.shape), self.dtype), 0
-            while done < len(rows):
-                if not len(encoded):
-                    encoded = self._encode(*next(loader), device)
-                some = encoded[: len(rows) - done]
-                rows[done : done + len(some)] = some
-                done, encoded = done + len(some), encoded[len(some) :]
-                yield len(some)
-            self._write(unit, rows)
+        remedy = "give another --features-path"
+        write_or_check_settings(self.path / SETTINGS_FILE, self.settings, remedy)
+        if self.config.layout == "npy":
+            for folder in (FEATURES_FOLDER, LABELS_FOLDER):
+                (self.path / folder).mkdir(exist_ok=True)
+        missing = [shard for shard in self.my_shards if not self._is_written(shard)]
+        yield self.num_images - self._count_images(missing)
+        # VAE batches run on across shards, so that small shards do not make small batches.
+        rest = np.empty((0, *self.shape), self.dtype)
+        with contextlib.closing(
+            self._encode_images(missing, batch_size, num_workers, device)
+        ) as encoded_batches:
+            for shard in missing:
+                stored = np.empty((len(self.shards[shard]), *self.shape), self.dtype)
+                filled = 0
+                while filled < len(stored):
+                    if not len(rest):
+                        rest = next(encoded_batches)
+                    count = min(len(rest), len(stored) - filled)
+                    stored[filled : filled + count] = rest[:count]
+                    filled, rest = filled + count, rest[count:]
+                    yield count
+                self._write(shard, stored)
         self._finish()
 
     def drop_damaged(self) -> list[Path]:
-        """Remove the packed files of this process's share that differ from a finished extraction's
-        manifest, and the manifest then, so that :meth:`run` makes them anew; returns them."""
-        manifest = read_json(self.path / MANIFEST) if (self.path / MANIFEST).exists() else {}
-        shards = manifest.get("shards", [])
+        """Remove this process's files that differ from the manifest of a finished extraction.
+
+        If there are any, the manifest is removed too, so that :meth:`run` writes both again. Files
+        of the npy layout are not compared: their manifest has no hashes.
+
+        Returns:
+            the files that were removed or missing.
+
+        Raises:
+            UserError: the manifest is not one of an extraction.
+        """
+        manifest_file = self.path / MANIFEST_FILE
+        manifest = read_json(manifest_file) if manifest_file.exists() else {}
+        records = manifest.get("shards", [])
         try:
-            files = [
-                (self.path / shard["file"], shard["sha256"])
-                for shard in shards[self.share.start :: self.share.step]
-            ]
+            my_records = records[self.my_shards.start :: self.my_shards.step]
+            files = [(self.path / record["file"], record["sha256"]) for record in my_records]
         except (KeyError, TypeError):
             raise UserError(
-                f"{self.path / MANIFEST} is not of an extraction; give another --features-path"
+                f"{manifest_file} was not written by an extraction; give another --features-path"
             ) from None
         damaged = [
             file for file, sha256 in files if not file.exists() or file_sha256(file) != sha256
         ]
         for file in damaged:
             file.unlink(missing_ok=True)
-        if damaged or (shards and not (self.path / "labels.npy").exists()):
-            (self.path / MANIFEST).unlink(missing_ok=True)
+        if damaged or (records and not (self.path / LABELS_FILE).exists()):
+            manifest_file.unlink(missing_ok=True)
         return damaged
+
+    def _paths_sha256(self) -> str:
+        """Hash of the images' paths below their folder, in order; it tells one folder from another.
+
+        The pixels are not hashed, as this would read every image once more.
+        """
+        root = Path(self.images.folder.root)
+        paths = [str(Path(file).relative_to(root)) for file, _ in self.images.folder.samples]
+        return hashlib.sha256("\n".join(paths).encode()).hexdigest()
+
+    def _count_images(self, shards: Iterable[int]) -> int:
+        return sum(len(self.shards[shard]) for shard in shards)
+
+    def _files(self, shard: int) -> list[Path]:
+        """The files of a shard: its features and, in the npy layout, its labels."""
+        if self.config.layout == "packed":
+            return [self.path / f"shard-{shard:05d}.npy"]
+        return [self.path / folder / f"{shard}.npy" for folder in (FEATURES_FOLDER, LABELS_FOLDER)]
+
+    def _is_written(self, shard: int) -> bool:
+        return all(file.exists() for file in self._files(shard))
+
+    def _encode_images(
+        self,
+        shards: Sequence[int],
+        batch_size: int,
+        num_workers: int,
+        device: torch.device | str,
+    ) -> Generator[np.ndarray, None, None]:
+        """What is stored for the images of some shards, (b, *shape), batch by batch."""
+        indices = [index for shard in shards for index in self.shards[shard]]
+        loader = DataLoader(Subset(self.images, indices), batch_size, num_workers=num_workers)
+        with contextlib.closing(read_loader(loader)) as batches:
+            for batch_indices, pixels in batches:
+                yield self._encode(batch_indices, pixels, device)
 
     def _encode(
         self, indices: torch.Tensor, pixels: torch.Tensor, device: torch.device | str
     ) -> np.ndarray:
-        """What is stored of some images, (n, *shape)."""
+        """What is stored for the images (b, 3, S, S) of these indices: (b, *shape)."""
         seed, config = self.config.seed, self.config
         if config.draw == "fresh":
-            turned = [pixels, pixels.flip(-1)][: 1 + config.flip]
-            moments = [torch.cat(self.vae.encode(one.to(device)), dim=1) for one in turned]
+            orientations = [pixels, pixels.flip(-1)] if config.flip else [pixels]
+            moments = [self._moments(images, device) for images in orientations]
             return torch.stack(moments, dim=1).half().cpu().numpy()
         if config.flip:
             mirrored = integers(seed, "flip", 0, indices, 2).bool()
             pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-        moments = torch.cat(self.vae.encode(pixels.to(device)), dim=1)
         noise = normal(seed, "posterior", 0, indices, self.latent_shape, device)
-        return sample_posterior(moments, noise).cpu().numpy()
+        return sample_posterior(self._moments(pixels, device), noise).cpu().numpy()
 
-    def _write(self, unit: int, rows: np.ndarray) -> None:
-        images = self.units[unit]
-        contents = (
-            [rows]
-            if self.config.layout == "packed"
-            else [rows, self.images.labels[images.start : images.stop]]
-        )
-        for file, content in zip(self._files(unit), contents, strict=True):
-            if self.config.layout == "packed":
-                for left_over in file.parent.glob(f".{file.name}.*.tmp"):  # of a killed run
-                    left_over.unlink()
-            with (
-                atomic_write(file, durable=len(images) > 1) as temporary,
-                open(temporary, "wb") as stream,
-            ):
-                np.save(stream, content)
+    def _moments(self, pixels: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+        """Mean and standard deviation of the posterior, (b, 2C, h, w)."""
+        return torch.cat(self.vae.encode(pixels.to(device)), dim=1)
+
+    def _write(self, shard: int, stored: np.ndarray) -> None:
+        """Write a shard's files, each of which appears when it is complete."""
+        packed, images = self.config.layout == "packed", self.shards[shard]
+        contents = [stored]
+        if packed:
+            # A killed run leaves its temporary file, as large as a shard. (In the npy layout it is
+            # small, and the search would list a folder of millions for every image.)
+            file = self._files(shard)[0]
+            for temporary in file.parent.glob(f".{file.name}.*.tmp"):
+                temporary.unlink()
+        else:
+            contents.append(self.images.labels[images.start : images.stop])
+        for file, content in zip(self._files(shard), contents, strict=True):
+            _save(file, content, durable=packed)
 
     def _finish(self) -> None:
-        """Write labels and manifest if this process is the last to finish."""
+        """Write labels and manifest, if this process is the last to finish."""
+        # Two processes may finish together. Under the lock one of them writes, and the other finds
+        # the manifest. The lock ends with its process, so a killed one blocks nobody.
         with open(self.path / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            missing = any(
-                not file.exists() for unit in range(len(self.units)) for file in self._files(unit)
-            )
-            if missing or (self.path / MANIFEST).exists():
+            all_written = all(self._is_written(shard) for shard in range(len(self.shards)))
+            if not all_written or (self.path / MANIFEST_FILE).exists():
                 return
-            manifest = dict(self.made_from)
+            manifest = dict(self.settings)
             if self.config.layout == "packed":
-                with (
-                    atomic_write(self.path / "labels.npy") as temporary,
-                    open(temporary, "wb") as stream,
-                ):
-                    np.save(stream, self.images.labels)
-                manifest["shards"] = [
-                    {
-                        "file": file.name,
-                        "start": unit.start,
-                        "count": len(unit),
-                        "sha256": file_sha256(file),
-                    }
-                    for unit, file in (
-                        (unit, self._files(i)[0]) for i, unit in enumerate(self.units)
-                    )
-                ]
-            write_json(self.path / MANIFEST, manifest)
+                _save(self.path / LABELS_FILE, self.images.labels)
+                manifest["shards"] = [self._record(shard) for shard in range(len(self.shards))]
+            write_json(self.path / MANIFEST_FILE, manifest)
+
+    def _record(self, shard: int) -> dict[str, Any]:
+        """The manifest's entry for a shard of the packed layout."""
+        images, (file,) = self.shards[shard], self._files(shard)
+        return {
+            "file": file.name,
+            "start": images.start,
+            "count": len(images),
+            "sha256": file_sha256(file),
+        }
+
+
+def _save(file: Path, array: np.ndarray, durable: bool = True) -> None:
+    """Write an .npy file atomically."""
+    with atomic_write(file, durable) as temporary, open(temporary, "wb") as stream:
+        np.save(stream, array)

@@ -1,15 +1,18 @@
-"""Extracted features - latents and labels - as training reads them: by batches of indices, straight
-from the disk.
+"""Extracted features, latents and labels, read from the disk batch by batch.
 
-Two layouts. *Packed*, made by default: ``shard-00000.npy``, ... with the images in ImageFolder
-order, ``labels.npy`` and ``manifest.json``, which says how they were made. *npy*, the release's:
-``imagenet_features/{i}.npy`` of (1, C, H, W) and ``imagenet_labels/{i}.npy`` of (1,); the manifest
-may be missing.
+There are two layouts. *Packed* is made by default: ``shard-00000.npy``, ... hold the images in the
+order of the ``ImageFolder``, ``labels.npy`` their labels, and ``manifest.json`` the settings of the
+extraction. *npy* is the release's: ``imagenet_features/{i}.npy`` of (1, C, H, W) and
+``imagenet_labels/{i}.npy`` of (1,); the manifest may be missing.
 
-What is stored is one draw of the VAE's posterior (``draw`` "once"), or mean and deviation of each
-orientation ("fresh")."""
+There are two draws. *once* stores one latent per image: the flip and the sample of the VAE's
+posterior were drawn at extraction. *fresh* stores mean and standard deviation of the posterior of
+each orientation, and every epoch draws its own flips and samples.
+"""
 
+import dataclasses
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,221 +20,302 @@ import torch
 from edt.utils.errors import UserError
 from edt.utils.files import read_json
 
-FEATURES, LABELS, MANIFEST = "imagenet_features", "imagenet_labels", "manifest.json"
+Draw = Literal["once", "fresh"]
+Layout = Literal["packed", "npy"]
+
+FEATURES_FOLDER, LABELS_FOLDER = "imagenet_features", "imagenet_labels"
+LABELS_FILE = "labels.npy"
+MANIFEST_FILE = "manifest.json"  # written when the last feature is
+SETTINGS_FILE = "extraction.json"  # written before the first feature is
 
 
-class Features(torch.utils.data.Dataset):
+class Batch(NamedTuple):
+    """The features and labels of b images."""
+
+    stored: torch.Tensor  # (b, C, H, W) latents; (b, 2C, H, W) moments if drawn fresh; float32
+    labels: torch.Tensor  # (b,) int64
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureInfo:
+    """What a checkpoint records about the features it was trained on. None: unknown."""
+
+    count: int | None = None
+    """Number of images."""
+    image_size: int | None = None
+    """Side of the images in pixels."""
+    scaling_factor: float | None = None
+    """Latents are the VAE's own times this factor."""
+    classes: list[str] | None = None
+    """Names of the class folders, in the order of the labels."""
+    draw: str | None = None
+    """"once" or "fresh", see the module's docstring."""
+    flips: str | None = None
+    """"none"; "once", drawn at extraction; or "both" orientations are stored."""
+    images_sha256: str | None = None
+    """Hash of the images' paths below their folder, in order."""
+    extraction_seed: int | None = None
+    """Seed of the flips and posterior samples that were drawn at extraction."""
+    vae: str | None = None
+    """Name of the VAE, as the user gave it."""
+    vae_sha256: str | None = None
+    """Hash of the VAE's weights; None for pixels, which have none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The known fields, as values for JSON."""
+        known = {
+            name: value for name, value in dataclasses.asdict(self).items() if value is not None
+        }
+        if self.vae is not None:
+            # Recorded even if it is None: then the VAE is known to have no weights.
+            known["vae_sha256"] = self.vae_sha256
+        return known
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "FeatureInfo":
+        """Inverse of :meth:`to_dict`. Unknown keys are ignored, missing ones become None."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})
+
+
+class Features(torch.utils.data.Dataset[Batch]):
     """Open features. Make one with :func:`open_features`.
 
     Attributes:
-        manifest: how they were made; {} for a release's folder.
+        manifest: the settings of the extraction; {} for a folder of the release.
         labels: (count,) int64.
         latent_shape: (C, H, W).
-        num_classes: from the manifest until :meth:`settle` has decided.
+        num_classes: the manifest's until :meth:`validate_against` fixes it; None if unknown.
     """
 
     def __init__(
-        self, path: Path, manifest: dict, labels: np.ndarray, latent_shape: tuple[int, ...]
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        labels: np.ndarray,
+        latent_shape: tuple[int, ...],
     ):
-        self.path, self.manifest, self.labels, self.latent_shape = (
-            path,
-            manifest,
-            labels,
-            tuple(latent_shape),
-        )
+        self.path, self.manifest, self.labels = path, manifest, labels
+        self.latent_shape = tuple(latent_shape)
         self.num_classes = len(manifest["classes"]) if "classes" in manifest else None
 
     @property
     def fresh(self) -> bool:
-        """Whether each epoch draws flips and posterior samples anew."""
+        """Whether every epoch draws its own flips and posterior samples."""
         return self.manifest.get("draw") == "fresh"
 
-    def settle(
+    def validate_against(
         self, image_size: int | None = None, vae: str | None = None, num_classes: int | None = None
     ) -> None:
-        """Compare with what the user takes the features for (None: nothing), and settle the number
-        of classes.
+        """Compare the features with what the user expects, and fix the number of classes.
+
+        Args:
+            image_size: side of the images in pixels; None expects nothing.
+            vae: name of the VAE, as it was given to the extraction; None expects nothing.
+            num_classes: number of classes of the model. None takes the manifest's, or ImageNet's
+                1000 without a manifest. With 0, an unconditional model, every label becomes 0.
 
         Raises:
-            UserError: they were made otherwise, or a label is beyond the classes.
+            UserError: an expectation is not met, or a label is outside the classes.
         """
-        made_with = {
-            "image_size": self.manifest.get("image_size"),
-            "vae": self.manifest.get("vae", {}).get("id"),
-        }
-        for name, wanted in {"image_size": image_size, "vae": vae}.items():
-            if None not in (wanted, made_with[name]) and wanted != made_with[name]:
+        info = self.info()
+        comparisons = (
+            ("image_size", info.image_size, image_size),
+            ("vae", info.vae, vae),
+        )
+        for name, actual, expected in comparisons:
+            if None not in (actual, expected) and actual != expected:
+                flag = "--" + name.replace("_", "-")
                 raise UserError(
-                    f"the features in {self.path} have {name} {made_with[name]}, not {wanted}; extract them anew"
+                    f"the features in {self.path} have {name} {actual}, not {expected}; "
+                    f"leave {flag} out, or extract such features into a new --features-path"
                 )
         if num_classes is None:
             num_classes = self.num_classes if self.num_classes is not None else 1000
-        if num_classes and self.labels.max() >= num_classes:
+        largest = self.labels.max()
+        if num_classes and largest >= num_classes:
             raise UserError(
-                f"{self.path} has label {self.labels.max()}, beyond --num-classes {num_classes}"
+                f"{self.path} has label {largest}, beyond --num-classes {num_classes}; "
+                f"give at least {largest + 1}"
             )
-        if num_classes == 0:  # unconditional: every label is the null class
+        if num_classes == 0:
+            # 0 is then the null class, the only row of the label embedding.
             self.labels = np.zeros_like(self.labels)
         self.num_classes = num_classes
 
-    def notes(self) -> dict:
-        """What a checkpoint records of its features."""
-        names = ("image_size", "scaling_factor", "classes", "draw", "flips", "images_sha256")
-        notes = {
-            "count": len(self),
-            **{name: self.manifest[name] for name in names if name in self.manifest},
-        }
-        if "seed" in self.manifest:
-            notes["extraction_seed"] = self.manifest["seed"]
-        if "vae" in self.manifest:
-            notes |= {
-                "vae": self.manifest["vae"]["id"],
-                "vae_sha256": self.manifest["vae"]["sha256"],
-            }
-        return notes
+    def info(self) -> FeatureInfo:
+        """What a checkpoint records about these features."""
+        manifest = self.manifest
+        vae = manifest.get("vae", {})
+        return FeatureInfo(
+            count=len(self),
+            image_size=manifest.get("image_size"),
+            scaling_factor=manifest.get("scaling_factor"),
+            classes=manifest.get("classes"),
+            draw=manifest.get("draw"),
+            flips=manifest.get("flips"),
+            images_sha256=manifest.get("images_sha256"),
+            extraction_seed=manifest.get("seed"),
+            vae=vae.get("id"),
+            vae_sha256=vae.get("sha256"),
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(
-        self, batch: tuple[np.ndarray, np.ndarray]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is stored for n images, and their labels.
+    def __getitem__(self, selection: tuple[np.ndarray, np.ndarray]) -> Batch:
+        """Read b images at once.
 
         Args:
-            batch: indices (n,) and flips (n,) bool, which choose the orientation of fresh features.
+            selection: indices (b,) and flips (b,), both integers. ``flips[i]`` selects the stored
+                orientation: 0 original, 1 mirrored. It is ignored if only one is stored.
 
-        Returns:
-            latents (n, C, H, W) or, fresh, moments (n, 2C, H, W), float32; labels (n,) int64.
+        Raises:
+            UserError: a feature file is missing or damaged.
         """
-        indices, flips = batch
-        return torch.from_numpy(self._read(indices, flips)), torch.from_numpy(self.labels[indices])
+        indices, flips = selection
+        stored = self._read(indices, flips)
+        return Batch(torch.from_numpy(stored), torch.from_numpy(self.labels[indices]))
 
     def _read(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
+        """What is stored for the images: (b, C, H, W) or (b, 2C, H, W) float32."""
         raise NotImplementedError
 
 
 def sample_posterior(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Latents from fresh features: moments (n, 2C, H, W) - mean, then deviation - and noise (n, C,
-    H, W).
+    """Sample latents from the VAE's posterior.
+
+    Args:
+        moments: mean, then standard deviation, (B, 2C, H, W).
+        noise: standard normal, (B, C, H, W).
+
+    Returns:
+        latents (B, C, H, W).
     """
     mean, deviation = moments.chunk(2, dim=1)
     return torch.addcmul(mean, deviation, noise)
 
 
 class PackedFeatures(Features):
-    """The packed layout, memory-mapped."""
+    """The packed layout, memory-mapped: only the rows that are read come into memory."""
 
-    def __init__(self, path: Path, manifest: dict):
+    def __init__(self, path: Path, manifest: dict[str, Any]):
         shape, shards = manifest["shape"], manifest["shards"]
-        # Fresh features are (count, orientations, 2C, H, W), with one orientation if made without
-        # flips; else (count, C, H, W).
-        self.orientations = shape[0] if manifest["draw"] == "fresh" else 1
-        self.shards = [
-            self._map(path / shard["file"], (shard["count"], *shape), manifest["dtype"]).reshape(
-                -1, *shape[-3:]
-            )
-            for shard in shards
-        ]
+        fresh = manifest["draw"] == "fresh"
+        # A row of a shard is an image's (C, H, W) or, if drawn fresh, its (orientations, 2C, H, W).
+        # There is one orientation if the extraction had no flips.
+        self.num_orientations = shape[0] if fresh else 1
+        self.shards = []
+        for shard in shards:
+            file, shard_shape = path / shard["file"], (shard["count"], *shape)
+            images = self._map(file, shard_shape, manifest["dtype"])
+            self.shards.append(images.reshape(-1, *shape[-3:]))
         self.starts = np.array([shard["start"] for shard in shards])
-        counts = [shard["count"] for shard in shards]
-        if (
-            list(self.starts) != [sum(counts[:i]) for i in range(len(counts))]
-            or sum(counts) != manifest["count"]
-        ):
+        ends = np.cumsum([shard["count"] for shard in shards]).tolist()
+        if self.starts.tolist() != [0, *ends[:-1]] or ends[-1] != manifest["count"]:
             raise UserError(
-                f"the shards of {path} do not make up {manifest['count']} images; run extract_features.py again"
+                f"the shards in {path / MANIFEST_FILE} do not add up to {manifest['count']} images;"
+                " run extract_features.py again into another folder"
             )
-        labels = self._map(path / "labels.npy", (manifest["count"],), "int64")
-        channels = shape[-3] // (2 if manifest["draw"] == "fresh" else 1)
+        labels = self._map(path / LABELS_FILE, (manifest["count"],), "int64")
+        channels = shape[-3] // 2 if fresh else shape[-3]
         super().__init__(path, manifest, np.array(labels), (channels, *shape[-2:]))
 
     @staticmethod
     def _map(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """Map a file into memory, if it holds an array of this shape and type."""
         try:
-            array = np.asarray(
-                np.load(file, mmap_mode="r", allow_pickle=False)
-            )  # a memmap object is slower to index
+            # A plain array over the mapped memory: np.memmap objects are slower to index.
+            array = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError, EOFError):
             raise UserError(
-                f"cannot read {file}; it is missing or cut short: run extract_features.py again"
+                f"cannot read {file}; it is missing or cut short: "
+                "delete what is left of it and run extract_features.py again"
             ) from None
         if array.shape != shape or array.dtype != dtype:
             raise UserError(
-                f"{file} holds {array.dtype} {array.shape}, its manifest says {dtype} {shape}; extract it anew"
+                f"{file} holds {array.dtype} {array.shape}, its manifest says {dtype} {shape}; "
+                "delete it and run extract_features.py again"
             )
         return array
 
     def _read(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
         owners = np.searchsorted(self.starts, indices, side="right") - 1
-        places = (indices - self.starts[owners]) * self.orientations + flips % self.orientations
-        rows = np.empty((len(indices), *self.shards[0].shape[1:]), np.float32)
-        # One by one, each in one piece: indexing by arrays would copy everything twice.
-        for row, owner, place in zip(rows, owners.tolist(), places.tolist(), strict=True):
-            row[:] = self.shards[owner][place]
-        return rows
+        rows = (indices - self.starts[owners]) * self.num_orientations
+        rows += flips % self.num_orientations
+        stored = np.empty((len(indices), *self.shards[0].shape[1:]), np.float32)
+        # Row by row, each of which is contiguous: indexing by arrays would copy everything twice.
+        for image, owner, row in zip(stored, owners.tolist(), rows.tolist(), strict=True):
+            image[:] = self.shards[owner][row]
+        return stored
 
 
 class NpyFeatures(Features):
-    """The release's layout."""
+    """The release's layout: two files per image."""
 
-    def __init__(self, path: Path, manifest: dict):
-        names = [{file.stem for file in (path / kind).glob("*.npy")} for kind in (FEATURES, LABELS)]
-        if not names[0]:
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        feature_names = {file.stem for file in (path / FEATURES_FOLDER).glob("*.npy")}
+        label_names = {file.stem for file in (path / LABELS_FOLDER).glob("*.npy")}
+        if not feature_names:
             raise UserError(f"no features in {path}; make them with extract_features.py")
-        if names[0] != names[1]:
-            odd = sorted(names[0] ^ names[1])[0]
+        if feature_names != label_names:
+            unpaired = min(feature_names ^ label_names)
             raise UserError(
-                f"{path} holds {len(names[0])} features but {len(names[1])} labels (see {odd}.npy); extract them anew"
+                f"{path} holds {len(feature_names)} features but {len(label_names)} labels "
+                f"(see {unpaired}.npy); run extract_features.py again"
             )
-        if manifest.get("count", len(names[0])) != len(names[0]):
+        if manifest.get("count", len(feature_names)) != len(feature_names):
             raise UserError(
-                f"{path} holds {len(names[0])} of {manifest['count']} features; run extract_features.py again"
+                f"{path} holds {len(feature_names)} of {manifest['count']} features; "
+                "run extract_features.py again"
             )
         self.path = path
-        self.names = sorted(names[0], key=lambda name: (len(name), name))  # 2 before 10
-        labels = np.array([self._load(LABELS, name, (1,)) for name in self.names], dtype=np.int64)[
-            :, 0
-        ]
-        super().__init__(path, manifest, labels, self._load(FEATURES, self.names[0]).shape[-3:])
+        self.names = sorted(feature_names, key=lambda name: (len(name), name))  # 2 before 10
+        labels = [self._load(LABELS_FOLDER, name, (1,)) for name in self.names]
+        latent_shape = self._load(FEATURES_FOLDER, self.names[0]).shape[-3:]
+        super().__init__(path, manifest, np.array(labels, dtype=np.int64)[:, 0], latent_shape)
 
-    def _load(self, kind: str, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        file = self.path / kind / f"{name}.npy"
+    def _load(self, folder: str, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """Read the file of one image. None accepts any shape."""
+        file = self.path / folder / f"{name}.npy"
         try:
             array = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError):
             raise UserError(
-                f"cannot read the feature file {file}; it is damaged: delete it and extract it anew"
+                f"cannot read the feature file {file}; it is damaged: "
+                "delete it and run extract_features.py again"
             ) from None
         if shape is not None and array.shape != shape:
             raise UserError(
-                f"{file} has shape {array.shape}, not {shape} as the others; extract it anew"
+                f"{file} has shape {array.shape}, not {shape} like the others; "
+                "delete it and run extract_features.py again"
             )
         return array
 
     def _read(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
         shape = (1, *self.latent_shape)
-        return np.concatenate([self._load(FEATURES, self.names[i], shape) for i in indices]).astype(
-            np.float32
-        )
+        images = [self._load(FEATURES_FOLDER, self.names[i], shape) for i in indices]
+        return np.concatenate(images).astype(np.float32)
 
 
 def open_features(path: str | Path) -> Features:
     """Open a folder of features of either layout.
 
     Raises:
-        UserError: there are none, or files, labels and manifest disagree.
+        UserError: there are no features, or files, labels and manifest disagree.
     """
     path = Path(path)
-    manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else {}
+    manifest_file = path / MANIFEST_FILE
+    manifest = read_json(manifest_file) if manifest_file.exists() else {}
     if "shards" in manifest:
         try:
             return PackedFeatures(path, manifest)
         except (KeyError, TypeError):
             raise UserError(
-                f"{path / MANIFEST} is not extract_features.py's; run it again into another folder"
+                f"{manifest_file} was not written by extract_features.py; "
+                "run extract_features.py into another folder"
             ) from None
-    if (path / "extraction.json").exists() and not manifest:
+    if (path / SETTINGS_FILE).exists() and not manifest:
         raise UserError(
             f"the extraction into {path} has not finished; run extract_features.py again"
         )

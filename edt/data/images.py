@@ -1,4 +1,4 @@
-"""Image folders and the crop that training data and reference statistics share."""
+"""Image folders, and the crop that training data and reference statistics share."""
 
 from pathlib import Path
 
@@ -9,16 +9,15 @@ from edt.utils.errors import UserError
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side to ``size`` pixels and cut the central square, as ADM does.
-
-    Halving with a box filter until less than twice the size is left keeps large photographs free of
-    aliasing; the last step is bicubic.
+    """Scale the shorter side to ``size`` pixels and cut out the central square, as ADM does.
 
     Args:
         image: any PIL image; it is converted to RGB.
         size: side of the result in pixels.
     """
     image = image.convert("RGB")
+    # Bicubic reads a neighbourhood of fixed size, so it aliases when it shrinks a photograph many
+    # times. Box filters halve the image first, until bicubic shrinks it less than twice.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -29,8 +28,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def open_image_folder(path: str | Path, **options) -> ImageFolder:
-    """An ``ImageFolder`` (one sub-folder a class); ``options`` are passed on.
+def open_image_folder(path: str | Path) -> ImageFolder:
+    """An ``ImageFolder``: one sub-folder of images per class.
 
     Raises:
         UserError: the folder is missing, has no class sub-folders, or no images.
@@ -40,7 +39,7 @@ def open_image_folder(path: str | Path, **options) -> ImageFolder:
             f"no image folder at {path}; give a folder with one sub-folder of images per class"
         )
     try:
-        return ImageFolder(str(path), **options)
+        return ImageFolder(str(path))
     except FileNotFoundError as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -1,61 +1,89 @@
-"""Images to latents and back: the SD-VAE through diffusers, or none at all ("pixels")."""
+"""Images to latents and back: the SD-VAE through diffusers, or no VAE at all ("pixels")."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from edt.utils.errors import UserError
 
-DECODE_BATCH = 32  # images: one of 256 pixels takes 34 MB a tensor in the decoder's last layers, as much as a GPU needs
+# Images decoded at once. The decoder's last layers hold 34 MB per tensor and image of 256 pixels
+# (128 channels, fp32), so 32 images fill a GPU; a whole sampling batch could exceed its memory.
+DECODE_BATCH = 32
 
 
-class PixelVAE:
+class VAE(Protocol):
+    """What extraction and sampling need of a VAE.
+
+    Attributes:
+        channels: C, channels of a latent.
+        downsampling: image pixels per latent pixel along one side, so H = downsampling * h.
+        scaling_factor: latents here are the VAE's own times this factor. It brings them to about
+            unit variance, as diffusion expects.
+        sha256: of the weights; None without weights.
+    """
+
+    channels: int
+    downsampling: int
+    scaling_factor: float
+    sha256: str | None
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents' posterior.
+
+        Both are (B, C, h, w) float32.
+        """
+        ...
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1]."""
+        ...
+
+
+class PixelVAE(VAE):
     """No VAE: images in [-1, 1] are the latents."""
 
-    channels, downsampling, scaling_factor = 3, 1, 1.0
+    channels = 3
+    downsampling = 1
+    scaling_factor = 1.0
     sha256 = None
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images are their own latents, without doubt."""
+        """The images themselves, with a standard deviation of zero."""
         return images, torch.zeros_like(images)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents themselves."""
         return latents
 
 
-class LatentVAE:
+class LatentVAE(VAE):
     """A diffusers ``AutoencoderKL`` with its scaling factor.
 
     Args:
-        dtype: what it computes in; takes and returns float32.
-
-    Attributes:
-        channels: of the latent.
-        downsampling: image pixels per latent pixel along a side.
-        scaling_factor: the network's latents are the VAE's times this.
-        sha256: of the weights, whatever file they came from.
+        autoencoder: the ``AutoencoderKL``, in the precision of its file. It is converted in place.
+        dtype: precision of the network's arithmetic. Inputs and outputs are float32 in any case.
     """
 
-    def __init__(self, autoencoder: torch.nn.Module, dtype: torch.dtype = torch.float32):
+    def __init__(self, autoencoder: Any, dtype: torch.dtype = torch.float32):
         self.channels = autoencoder.config.latent_channels
+        # Every block but the last of the encoder halves the image.
         self.downsampling = 2 ** (len(autoencoder.config.block_out_channels) - 1)
         self.scaling_factor = autoencoder.config.scaling_factor
-        digest = hashlib.sha256()
-        for name, value in sorted(autoencoder.state_dict().items()):
-            digest.update(
-                name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            )
-        self.sha256 = digest.hexdigest()
-        # diffusers' own .to() warns of layers that want float32; an autoencoder has none.
-        torch.nn.Module.to(autoencoder, dtype=dtype, memory_format=torch.channels_last)
+        # Hashed before the conversion, so that the hash does not depend on dtype.
+        self.sha256 = _weights_sha256(autoencoder.state_dict())
+        # diffusers' own .to() warns about layers that need float32; an autoencoder has none.
+        torch.nn.Module.to(autoencoder, dtype=dtype)
+        # Tensor cores need channels last. In the default layout cuDNN would transpose the input
+        # and output of every convolution.
+        torch.nn.Module.to(autoencoder, memory_format=torch.channels_last)
         self.autoencoder = autoencoder.eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] -> mean and deviation of the latents' posterior, (B, C, h,
-        w) each.
-        """
+        """See :meth:`VAE.encode`."""
         posterior = self.autoencoder.encode(images.to(self.autoencoder.dtype)).latent_dist
         return (
             posterior.mean.float() * self.scaling_factor,
@@ -64,52 +92,87 @@ class LatentVAE:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W), nominally in [-1, 1]."""
+        """See :meth:`VAE.decode`. At most ``DECODE_BATCH`` images are decoded at once."""
         parts = (latents / self.scaling_factor).to(self.autoencoder.dtype).split(DECODE_BATCH)
         return torch.cat([self.autoencoder.decode(part).sample.float() for part in parts])
 
 
+def _weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of all tensors, by name.
+
+    The same weights come as .safetensors or .bin, in one file or in several, so a hash of the files
+    would tell the same VAE apart.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        content = value.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        digest.update(name.encode() + content)
+    return digest.hexdigest()
+
+
+def vae_source(name: str) -> str:
+    """The folder or hub id that ``name`` stands for.
+
+    "ema" and "mse" are stabilityai/sd-vae-ft-ema and -mse. A clone of one in the working directory
+    is used instead of the hub, for machines without access to it. Other names are returned as they
+    are.
+    """
+    if name not in ("ema", "mse"):
+        return name
+    clone = Path(f"sd-vae-ft-{name}")
+    return str(clone) if clone.is_dir() else f"stabilityai/{clone}"
+
+
 def load_vae(
     name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> PixelVAE | LatentVAE:
+) -> VAE:
     """Load a VAE.
 
     Args:
-        name: "ema" or "mse" (stabilityai/sd-vae-ft-..., or a clone of it in the working directory),
-            a folder, a hub id, or "pixels".
+        name: "pixels" for no VAE, or what :func:`vae_source` takes: "ema", "mse", a folder with an
+            ``AutoencoderKL``, or a hub id.
+        device: where the VAE computes.
+        dtype: precision of its arithmetic; inputs and outputs are float32 in any case.
 
     Raises:
         UserError: there is no such VAE, or it cannot be fetched.
     """
     if name == "pixels":
         return PixelVAE()
-    if name in ("ema", "mse"):
-        clone = Path(f"sd-vae-ft-{name}")
-        name = str(clone) if clone.is_dir() else f"stabilityai/{clone}"
     from diffusers import AutoencoderKL  # slow to import, and pixels do without
 
+    source = vae_source(name)
     try:
-        return LatentVAE(AutoencoderKL.from_pretrained(name).to(device), dtype)
+        return LatentVAE(AutoencoderKL.from_pretrained(source).to(device), dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"cannot load the VAE {name} ({reason}); give --vae a folder with a diffusers AutoencoderKL, a hub id, or pixels"
+            f"cannot load the VAE {source} ({reason}); "
+            "give --vae a folder with a diffusers AutoencoderKL, a hub id, or pixels"
         ) from None
 
 
-def latent_shape(vae: PixelVAE | LatentVAE, image_size: int) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of ``image_size`` pixels.
+def latent_shape(vae: VAE, image_size: int) -> tuple[int, int, int]:
+    """Shape (C, h, w) of the latent of one image.
+
+    Args:
+        vae: the VAE that encodes the image.
+        image_size: side of the image in pixels.
 
     Raises:
-        UserError: the VAE does not divide that size.
+        UserError: the side is not a multiple of the VAE's down-sampling.
     """
     if image_size < 1 or image_size % vae.downsampling:
         raise UserError(
             f"image size {image_size} is not supported; choose a multiple of {vae.downsampling}"
         )
-    return (vae.channels, image_size // vae.downsampling, image_size // vae.downsampling)
+    side = image_size // vae.downsampling
+    return (vae.channels, side, side)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 as ADM does: truncate(clamp(127.5 x + 128))."""
+    """Images (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8: truncate(clamp(127.5 x + 128)).
+
+    ADM adds 128, not 127.5. Its reference statistics and published scores are of such bytes.
+    """
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

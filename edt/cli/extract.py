@@ -1,0 +1,111 @@
+"""Extract VAE features from a folder of images with one sub-folder per class.
+
+    torchrun --nproc_per_node 8 extract_features.py --data-path imagenet/train
+
+The command can be repeated: it writes what is missing or damaged.
+"""
+
+import argparse
+import dataclasses
+
+from tqdm.auto import tqdm
+
+from edt.cli.build import COUNT, exit_on_user_error, from_arguments, number
+from edt.data.extraction import CroppedImages, Extraction, ExtractionConfig
+from edt.data.features import Draw, Layout
+from edt.data.vae import latent_shape, load_vae
+from edt.models import EDTConfig
+from edt.utils.choices import choices
+from edt.utils.distributed import get_distributed_env
+
+
+def parser() -> argparse.ArgumentParser:
+    """The script's arguments. Those of :class:`ExtractionConfig` have its names and defaults."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--data-path", required=True, help="folder with one sub-folder of images per class"
+    )
+    p.add_argument(
+        "--features-path",
+        "--feature-path",
+        default="features256",
+        help="folder of the features (default: %(default)s)",
+    )
+    p.add_argument(
+        "--vae",
+        default="ema",
+        help="ema, mse, a folder, a hub id, or pixels: images are the latents "
+        "(default: %(default)s)",
+    )
+    p.add_argument(
+        "--image-size", type=COUNT, help="side of the images in pixels (default: %(default)s)"
+    )
+    p.add_argument(
+        "--draw",
+        choices=choices(Draw),
+        help="once: one flip and one posterior sample per image, as in the release; "
+        "fresh: every epoch draws its own (default: %(default)s)",
+    )
+    p.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="mirror half of the images (default: yes)",
+    )
+    p.add_argument(
+        "--layout",
+        choices=choices(Layout),
+        help="packed: large files; npy: two files per image, as in the release "
+        "(default: %(default)s)",
+    )
+    p.add_argument(
+        "--shard-size",
+        type=COUNT,
+        help="images per file of the packed layout; one process writes a file "
+        "(default: %(default)s)",
+    )
+    p.add_argument(
+        "--global-seed",
+        type=int,
+        dest="seed",
+        help="of flips and posterior samples (default: %(default)s)",
+    )
+    p.add_argument(
+        "--batch-size",
+        type=COUNT,
+        default=32,
+        help="images per process and call of the VAE (default: %(default)s)",
+    )
+    p.add_argument(
+        "--num-workers",
+        type=number(least=0),
+        default=4,
+        help="processes that decode images, per process (default: %(default)s)",
+    )
+    p.set_defaults(**dataclasses.asdict(ExtractionConfig()))
+    return p
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> int:
+    """Run the script on these arguments, or on the command line's. Returns the exit code."""
+    args = parser().parse_args(argv)
+    config: ExtractionConfig = from_arguments(ExtractionConfig, args)
+    images = CroppedImages(args.data_path, config.image_size)
+    env = get_distributed_env()
+    vae = load_vae(args.vae, env.device)
+    # EDT takes fewer sizes than the VAE. Refuse here what training would refuse hours later.
+    EDTConfig(input_size=latent_shape(vae, config.image_size)[-1])
+    extraction = Extraction(
+        images, vae, args.vae, args.features_path, config, env.rank, env.world_size
+    )
+    for file in extraction.drop_damaged():
+        print(f"{file} is missing or damaged and will be extracted again")
+    with tqdm(total=extraction.num_images, unit="image", disable=env.rank > 0) as progress:
+        for count in extraction.run(args.batch_size, args.num_workers, env.device):
+            progress.update(count)
+    if env.rank == 0:
+        num_classes = len(images.folder.classes)
+        print(f"{len(images)} images of {num_classes} classes: features in {args.features_path}")
+    return 0

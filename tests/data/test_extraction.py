@@ -1,0 +1,290 @@
+"""Extraction in one process and in several; the launchers are in the tests of the scripts."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+from extracting import arguments, extract, read_all, save_tiny_vae
+from PIL import Image
+
+import extract_features
+from edt.data.extraction import CroppedImages, Extraction, ExtractionConfig
+from edt.data.features import sample_posterior
+from edt.data.vae import PixelVAE, load_vae
+from edt.utils.errors import UserError
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+# extraction.json as earlier versions wrote it for the images of the fixture.
+SETTINGS = {
+    "version": 1,
+    "count": 40,
+    "shape": [3, 16, 16],
+    "dtype": "float32",
+    "flips": "once",
+    "scaling_factor": 1.0,
+    "crop": "center",
+    "vae": {"id": "pixels", "sha256": None},
+    "classes": ["ant", "bee", "cat"],
+    "images_sha256": "3f8260728e1becfa346202e64b25b8558d79f6e281d1989b0333378562935962",
+    "image_size": 16,
+    "seed": 0,
+    "draw": "once",
+    "flip": True,
+    "layout": "packed",
+    "shard_size": 8192,
+}
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """The folder of a tiny VAE."""
+    folder = tmp_path_factory.mktemp("vae")
+    save_tiny_vae(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large_images(image_folder, tmp_path_factory):
+    """The images scaled to 64 x 64, the smallest size that both the tiny VAE and EDT take."""
+    folder = tmp_path_factory.mktemp("large")
+    for file in image_folder.rglob("*.png"):
+        path = folder / file.relative_to(image_folder)
+        path.parent.mkdir(exist_ok=True)
+        Image.open(file).resize((64, 64)).save(path)
+    return folder
+
+
+def sorted_images(folder):
+    """The files in the order of an ImageFolder, and their pixels (count, 3, S, S) in [-1, 1]."""
+    files = sorted(folder.rglob("*.png"), key=lambda path: (path.parent.name, path.name))
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files])
+    return files, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 * 2 - 1
+
+
+def data_files(folder):
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.suffix in (".npy", ".json")
+    }
+
+
+def test_features_are_the_images_or_their_mirror_images(image_folder, tmp_path):
+    extract(image_folder, tmp_path)
+    _, latents, labels = read_all(tmp_path)
+    files, images = sorted_images(image_folder)
+    mirrored = 0
+    for latent, label, file, image in zip(latents, labels, files, images, strict=True):
+        if not torch.equal(latent, image):
+            assert torch.equal(latent, image.flip(-1))
+            mirrored += 1
+        assert ("ant", "bee", "cat")[label] == file.parent.name
+    assert 10 <= mirrored <= 30
+
+
+def test_the_manifest_says_how_features_were_made(image_folder, tmp_path):
+    extract(image_folder, tmp_path, "--shard-size", 7)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    shards = manifest.pop("shards")
+    assert manifest == {**SETTINGS, "shard_size": 7}
+    assert [shard["count"] for shard in shards] == [7, 7, 7, 7, 7, 5]
+    assert [shard["start"] for shard in shards] == [0, 7, 14, 21, 28, 35]
+
+
+@pytest.mark.parametrize(
+    ("more", "changes"),
+    [
+        ((), {}),
+        (("--layout", "npy"), {"layout": "npy"}),
+        (("--no-flip", "--global-seed", 3), {"flips": "none", "seed": 3, "flip": False}),
+        (
+            ("--draw", "fresh"),
+            {"shape": [2, 6, 16, 16], "dtype": "float16", "flips": "both", "draw": "fresh"},
+        ),
+    ],
+)
+def test_files_keep_the_form_of_earlier_versions(more, changes, image_folder, tmp_path):
+    extract(image_folder, tmp_path, *more)
+    settings = {**SETTINGS, **changes}
+    assert (tmp_path / "extraction.json").read_text() == json.dumps(settings, indent=2) + "\n"
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    if settings["layout"] == "packed":
+        (shard,) = manifest.pop("shards")
+        assert list(shard) == ["file", "start", "count", "sha256"]
+    assert json.dumps(manifest) == json.dumps(settings)
+
+
+def test_an_extraction_of_an_earlier_version_is_continued(image_folder, tmp_path):
+    extract(image_folder, tmp_path / "whole", "--shard-size", 16)
+    (tmp_path / "begun").mkdir()
+    settings = json.dumps({**SETTINGS, "shard_size": 16})
+    (tmp_path / "begun" / "extraction.json").write_text(settings)
+    shard = tmp_path / "begun" / "shard-00001.npy"
+    shard.write_bytes((tmp_path / "whole" / "shard-00001.npy").read_bytes())
+    written = shard.stat().st_mtime_ns
+    extract(image_folder, tmp_path / "begun", "--shard-size", 16)
+    assert shard.stat().st_mtime_ns == written
+    begun, whole = data_files(tmp_path / "begun"), data_files(tmp_path / "whole")
+    del begun["extraction.json"], whole["extraction.json"]  # the former has no line breaks
+    assert begun == whole
+
+
+@pytest.fixture(scope="module")
+def fresh_features(large_images, vae, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fresh")
+    extract(large_images, folder, "--draw", "fresh", vae=vae)
+    return folder
+
+
+def test_fresh_features_hold_the_posterior_of_both_orientations(large_images, vae, fresh_features):
+    fresh, plain, _ = read_all(fresh_features)
+    _, mirrored, _ = read_all(fresh_features, flip=1)
+    assert fresh.fresh
+    assert plain.shape == (40, 8, 8, 8)
+    assert fresh.latent_shape == (4, 8, 8)
+    _, images = sorted_images(large_images)
+    encoder = load_vae(str(vae))
+    for stored, pixels in ((plain, images), (mirrored, images.flip(-1))):
+        expected = torch.cat(encoder.encode(pixels), dim=1)
+        torch.testing.assert_close(stored, expected, rtol=2e-3, atol=2e-4)
+
+
+def test_a_frozen_draw_is_a_sample_of_that_posterior(large_images, vae, fresh_features, tmp_path):
+    extract(large_images, tmp_path, "--no-flip", vae=vae)
+    _, latents, _ = read_all(tmp_path)
+    _, moments, _ = read_all(fresh_features)
+    noise = (latents - moments[:, :4]) / moments[:, 4:]
+    assert abs(noise.mean()) < 0.15
+    assert noise.std() == pytest.approx(1, abs=0.12)
+    torch.testing.assert_close(sample_posterior(moments, noise), latents, rtol=1e-3, atol=1e-3)
+
+
+def test_fresh_features_without_flips_hold_one_orientation(
+    large_images, vae, fresh_features, tmp_path
+):
+    extract(large_images, tmp_path, "--draw", "fresh", "--no-flip", vae=vae)
+    _, moments, _ = read_all(tmp_path, flip=1)
+    assert torch.equal(moments, read_all(fresh_features)[1])
+
+
+def test_two_processes_of_another_batch_size_and_a_kill_make_the_same_files(
+    large_images, vae, tmp_path
+):
+    common = ("--shard-size", 3)
+    extract(large_images, tmp_path / "whole", *common, "--batch-size", 32, vae=vae)
+    command = [
+        *TORCHRUN,
+        "extract_features.py",
+        *arguments(large_images, tmp_path / "parts", *common, "--batch-size", 5, vae=vae),
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "parts").glob("shard-*.npy")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    survivors = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("shard-*.npy")}
+    assert survivors
+    done = run_script(*command)
+    assert done.returncode == 0, done.stderr
+    for path, written in survivors.items():  # only what was missing is written
+        assert path.stat().st_mtime_ns == written
+    _, expected, labels = read_all(tmp_path / "whole")
+    _, found, same_labels = read_all(tmp_path / "parts")
+    assert torch.equal(labels, same_labels)
+    # The VAE's sums depend on the batch.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not [path for path in (tmp_path / "parts").iterdir() if path.suffix == ".tmp"]
+
+
+def test_processes_share_the_shards(image_folder, tmp_path):
+    images = CroppedImages(image_folder, 16)
+    config = ExtractionConfig(image_size=16, shard_size=9)
+    parts = [
+        Extraction(images, PixelVAE(), "pixels", tmp_path, config, rank, 2) for rank in range(2)
+    ]
+    assert [list(part.my_shards) for part in parts] == [[0, 2, 4], [1, 3]]
+    assert [part.num_images for part in parts] == [9 + 9 + 4, 9 + 9]
+    assert sum(parts[0].run(4, 0)) == 22
+    assert not (tmp_path / "manifest.json").exists()
+    assert sum(parts[1].run(4, 0)) == 18
+    assert (tmp_path / "manifest.json").exists()
+
+
+def test_running_again_repairs_what_is_damaged_and_nothing_else(image_folder, tmp_path):
+    extract(image_folder, tmp_path, "--shard-size", 16)
+    before = data_files(tmp_path)
+    content = bytearray(before["shard-00001.npy"])
+    content[-5] ^= 1
+    (tmp_path / "shard-00001.npy").write_bytes(content)
+    (tmp_path / "shard-00002.npy").unlink()
+    (tmp_path / "labels.npy").unlink()
+    kept = (tmp_path / "shard-00000.npy").stat().st_mtime_ns
+    extract(image_folder, tmp_path, "--shard-size", 16)
+    assert data_files(tmp_path) == before
+    assert (tmp_path / "shard-00000.npy").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("more", [("--no-flip",), ("--global-seed", 3), ("--draw", "fresh")])
+def test_features_of_different_settings_are_refused(more, features, image_folder, capsys):
+    with pytest.raises(SystemExit) as error:
+        extract_features.main(arguments(image_folder, features, *more))
+    assert error.value.code == 2
+    assert "was made with different settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named_in_one_line(num_workers, image_folder, tmp_path):
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    file = folder / "bee" / "7.png"
+    os.truncate(file, 100)
+    images, config = CroppedImages(folder, 16), ExtractionConfig(image_size=16)
+    extraction = Extraction(images, PixelVAE(), "pixels", tmp_path / "out", config)
+    with pytest.raises(UserError) as error:
+        list(extraction.run(4, num_workers))
+    assert str(error.value) == (
+        f"cannot read the image {file}; replace it with a valid image and rerun, "
+        "or remove it and extract into a new --features-path"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"layout": "pakced"}, "unknown layout 'pakced'; choose one of packed, npy"),
+        ({"draw": "twice"}, "unknown draw 'twice'; choose one of once, fresh"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"shard_size": 0}, "shard_size is 0"),
+        ({"draw": "fresh", "layout": "npy"}, "--draw fresh needs --layout packed"),
+    ],
+)
+def test_impossible_settings_are_refused(wrong, message):
+    with pytest.raises(UserError) as error:
+        ExtractionConfig(**wrong)
+    assert message in str(error.value)
+
+
+def test_every_setting_has_a_flag_of_its_default():
+    args = extract_features.parser().parse_args(["--data-path", "images"])
+    flags = vars(args)
+    for field in dataclasses.fields(ExtractionConfig):
+        assert flags[field.name] == field.default, field.name
+    others = {"data_path", "features_path", "vae", "batch_size", "num_workers"}
+    assert set(flags) == others | {field.name for field in dataclasses.fields(ExtractionConfig)}
