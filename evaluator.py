@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from edt.cli.build import COUNT, exit_on_user_error
+from edt.cli.arguments import COUNT
+from edt.cli.main import exit_on_user_error
 from edt.data.images import center_crop
 from edt.metrics import (
     SCORE_LINES,

@@ -1,8 +1,9 @@
-"""Attention Modulation Matrix (AMM): the paper's training-free switch that makes attention local.
+"""Attention Modulation Matrix (AMM): a training-free switch that makes attention local.
 
-A modulated block computes ``(softmax(q k^T / sqrt(d) + bias) * M) v``. ``M`` multiplies the attention
-weights *after* the softmax, without renormalisation, and only at inference. ``M`` falls with the
-Euclidean distance between two tokens and is zero beyond a radius.
+It is the paper's second idea (section 3.2). A modulated block computes
+``(softmax(q k^T / sqrt(d) + bias) * M) v``. The matrix ``M`` multiplies the attention weights
+*after* the softmax, without renormalisation, and only at inference. ``M`` falls with the Euclidean
+distance between two tokens and is zero beyond a radius.
 
 This file has three parts: the gain as a function of distance, the placements that the paper found,
 and the function that hands matrices to attention modules.
@@ -76,7 +77,7 @@ def modulation_matrix(
 
 
 class Placement(NamedTuple):
-    """The blocks (0-based) that ``set_amm("auto")`` modulates, as the paper tuned them per model."""
+    """The blocks (0-based) that ``set_amm("auto")`` modulates, tuned per model by the paper."""
 
     low_cfg: tuple[int, ...]  # guidance scale below 2
     high_cfg: tuple[int, ...]  # guidance scale 2 and above
@@ -93,7 +94,7 @@ def auto_blocks(
     """
     if placement is None:
         raise UserError(
-            "no AMM placement is known for this layout; name the blocks with --amm-blocks, e.g. 7,10"
+            "no AMM placement is known for this layout; name blocks with --amm-blocks, e.g. 7,10"
         )
     if for_512_pixels and placement.at_512 is not None:
         return placement.at_512

@@ -76,7 +76,7 @@ class EDTConfig:
             raise UserError(f"EDT has three head counts of at least 1, got {self.num_heads}")
         if self.input_size < 1 or self.input_size % (4 * self.patch_size):
             raise UserError(
-                f"latent side {self.input_size} is not supported with patch size {self.patch_size}: "
+                f"latent side {self.input_size} does not fit patch size {self.patch_size}: "
                 f"choose an image size whose latent side is a multiple of {4 * self.patch_size}"
             )
         if self.num_classes < 0:

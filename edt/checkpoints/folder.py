@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +30,16 @@ MANIFEST = "manifest.json"
 TENSOR_FILES = ("model", "ema", "optimizer", "sampler")
 
 NamedTensors = dict[str, torch.Tensor]
+
+
+class Optimizer(Protocol):
+    """The part of torch.optim.Optimizer that a checkpoint needs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch.optim.Optimizer."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of torch.optim.Optimizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +210,7 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_every: int) -> None:
 
 
 def flatten_optimizer(
-    optimizer: torch.optim.Optimizer, parameter_names: Iterable[str]
+    optimizer: Optimizer, parameter_names: Iterable[str]
 ) -> tuple[NamedTensors, dict[str, Any]]:
     """Split an optimizer's state into tensors named "parameter/buffer" and JSON values.
 
@@ -222,7 +232,7 @@ def flatten_optimizer(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     parameter_names: Iterable[str],
     tensors: NamedTensors,
     values: dict[str, Any],

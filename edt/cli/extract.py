@@ -10,7 +10,8 @@ import dataclasses
 
 from tqdm.auto import tqdm
 
-from edt.cli.build import COUNT, exit_on_user_error, from_arguments, number
+from edt.cli.arguments import COUNT, COUNT_OR_ZERO, from_arguments
+from edt.cli.main import exit_on_user_error
 from edt.data.extraction import CroppedImages, Extraction, ExtractionConfig
 from edt.data.features import Draw, Layout
 from edt.data.vae import latent_shape, load_vae
@@ -79,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--num-workers",
-        type=number(least=0),
+        type=COUNT_OR_ZERO,
         default=4,
         help="processes that decode images, per process (default: %(default)s)",
     )

@@ -20,11 +20,13 @@ class DiffusionTransformer(nn.Module):
         config: frozen dataclass that fixes the network. It has at least input_size (side of the
             square latent), in_channels (of the latent), num_classes (0: unconditional) and
             image_size (pixels of the images, None where unknown).
+        modulations: the AMM in use (edt.amm.Modulation), as :meth:`set_amm` left it.
         passes_fit_one_batch: whether the full and the masked pass have equal token counts before
             the first mask, so that both go through the network as one batch.
     """
 
     config: Any
+    modulations: tuple[Any, ...]
     passes_fit_one_batch: ClassVar[bool]
 
     def forward(

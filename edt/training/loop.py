@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from edt.checkpoints.folder import newest_checkpoint
-from edt.data.batches import BatchIndices, batches
+from edt.data.batches import BatchIndices, read_batches
 from edt.data.features import Features
 from edt.data.vae import VAE
 from edt.sampling.config import SamplingConfig
@@ -64,7 +64,7 @@ def training_loop(
     indices = BatchIndices(
         len(features), trainer.config.seed, batch_size, trainer.rows, trainer.step
     )
-    loader = batches(features, indices, config.num_workers, pin_memory=device.type == "cuda")
+    loader = read_batches(features, indices, config.num_workers, pin_memory=device.type == "cuda")
     meter, group = Meter(trainer), _signal_group(accelerator)
     with (
         StopSignal() as stop,

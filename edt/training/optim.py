@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -30,7 +30,9 @@ CPU_CHUNK = 2**18  # elements; seven tensors of this size stay in a core's cache
 class StepOptimizer(Protocol):
     """What the trainer asks of an optimizer."""
 
-    param_groups: list[dict[str, Any]]
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As of torch.optim.Optimizer."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
@@ -57,26 +59,44 @@ class StepOptimizer(Protocol):
         """As of torch.optim.Optimizer."""
 
 
-def _adan(tensors: Sequence[torch.Tensor], scalars: Sequence[torch.Tensor | None]) -> None:
+class _Factors(NamedTuple):
+    """What one pass of Adan multiplies by; each is a () float32 tensor on the device.
+
+    In a skipped step, every factor that would change something is 0.
+    """
+
+    applied: torch.Tensor  # 1, or 0 in a skipped step
+    weight1: torch.Tensor  # of the gradient in its average
+    weight2: torch.Tensor  # of the gradients' difference in its average
+    weight3: torch.Tensor  # of the square in its average
+    beta2: torch.Tensor  # 0 in the first step, whose gradient differs from no earlier one
+    step1: torch.Tensor  # step size of the gradient's average
+    step2: torch.Tensor  # step size of the difference's average
+    eps: torch.Tensor
+    decay: torch.Tensor | None  # None without weight decay
+    average_weight: torch.Tensor  # of the parameters in their moving average
+
+
+def _adan(tensors: Sequence[torch.Tensor], factors: _Factors) -> None:
     """Algorithm 1 of Adan (Xie et al., 2022), in place, and the moving average of its result."""
     p, grad, exp_avg, exp_avg_diff, exp_avg_sq, neg_pre_grad, *averages = tensors
-    applied, weight1, weight2, weight3, beta2, step1, step2, eps, decay, average_weight = scalars
-    grad = torch.where(applied > 0, grad, 0)
+    f = factors
+    grad = torch.where(f.applied > 0, grad, 0)
     diff = neg_pre_grad.add_(grad)
-    exp_avg.lerp_(grad, weight1)
-    exp_avg_diff.lerp_(diff, weight2)
-    nesterov = torch.addcmul(grad, diff, beta2)
-    exp_avg_sq.lerp_(nesterov.square_(), weight3)
-    denominator = torch.sqrt(exp_avg_sq, out=nesterov).add_(eps)
+    exp_avg.lerp_(grad, f.weight1)
+    exp_avg_diff.lerp_(diff, f.weight2)
+    nesterov = torch.addcmul(grad, diff, f.beta2)
+    exp_avg_sq.lerp_(nesterov.square_(), f.weight3)
+    denominator = torch.sqrt(exp_avg_sq, out=nesterov).add_(f.eps)
     # Two divisions, as in the official code. One division of the sum rounds differently, and is
     # 1.4e-6 from the official weights after 60 steps.
-    p.addcdiv_(exp_avg * step1, denominator, value=-1)
-    p.addcdiv_(exp_avg_diff * step2, denominator, value=-1)
-    if decay is not None:
-        p.mul_(decay)
-    neg_pre_grad.mul_(1 - applied).sub_(grad)  # -grad; in a skipped step the earlier value
+    p.addcdiv_(exp_avg * f.step1, denominator, value=-1)
+    p.addcdiv_(exp_avg_diff * f.step2, denominator, value=-1)
+    if f.decay is not None:
+        p.mul_(f.decay)
+    neg_pre_grad.mul_(1 - f.applied).sub_(grad)  # -grad; in a skipped step the earlier value
     for average in averages:
-        average.lerp_(p, average_weight)
+        average.lerp_(p, f.average_weight)
 
 
 class Adan(torch.optim.Optimizer):
@@ -129,7 +149,7 @@ class Adan(torch.optim.Optimizer):
                 applied = (~found_inf).to(torch.float32)
             step = torch.as_tensor(group.get("step", 0.0), dtype=torch.float64, device=device)
             group["step"] = step + applied
-            scalars = self._scalars(group, applied, average_decay)
+            factors = self._factors(group, applied, average_decay)
             for p in params:
                 average = next(remaining_averages, None)
                 if p.grad is None:
@@ -138,32 +158,31 @@ class Adan(torch.optim.Optimizer):
                 tensors = [p, p.grad.contiguous(), *(self.state[p][name] for name in STATE)]
                 tensors += [] if average is None else [average]
                 for chunk in self._chunks(tensors):
-                    self._update(chunk, scalars)
+                    self._update(chunk, factors)
 
-    def _scalars(
+    def _factors(
         self, group: dict[str, Any], applied: torch.Tensor, average_decay: float
-    ) -> list[torch.Tensor | None]:
-        """The factors of the pass, on the device; in a skipped step those that change are 0."""
+    ) -> _Factors:
+        """The factors of this step; computed in float64, from the float64 step counter."""
         (beta1, beta2, beta3), lr = group["betas"], group["lr"]
         step = group["step"].clamp(min=1)  # it is 0 only if every step was skipped
-        has_previous = (step > 1).to(applied)  # the first gradient differs from no earlier one
+        has_previous = (step > 1).to(applied)
         root = (1 - beta3**step).sqrt()  # bias correction of sqrt(exp_avg_sq)
         decay = None
         if group["weight_decay"]:
-            decay = 1 / (1 + applied * lr * group["weight_decay"])
-        scalars = [
-            applied,
-            applied * (1 - beta1),
-            applied * has_previous * (1 - beta2),
-            applied * (1 - beta3),
-            has_previous * beta2,
-            applied * lr * root / (1 - beta1**step),
-            applied * lr * beta2 * root / (1 - beta2**step),
-            group["eps"] * root,
-            decay,
-            applied * (1 - average_decay),
-        ]
-        return [None if scalar is None else scalar.float() for scalar in scalars]
+            decay = (1 / (1 + applied * lr * group["weight_decay"])).float()
+        return _Factors(
+            applied=applied.float(),
+            weight1=(applied * (1 - beta1)).float(),
+            weight2=(applied * has_previous * (1 - beta2)).float(),
+            weight3=(applied * (1 - beta3)).float(),
+            beta2=(has_previous * beta2).float(),
+            step1=(applied * lr * root / (1 - beta1**step)).float(),
+            step2=(applied * lr * beta2 * root / (1 - beta2**step)).float(),
+            eps=(group["eps"] * root).float(),
+            decay=decay,
+            average_weight=(applied * (1 - average_decay)).float(),
+        )
 
     def _chunks(self, tensors: Sequence[torch.Tensor]) -> Iterable[tuple[torch.Tensor, ...]]:
         """Flat pieces of tensors of one shape.

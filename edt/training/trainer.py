@@ -10,8 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from edt.checkpoints.folder import TrainingState, flatten_optimizer, restore_optimizer
-from edt.data.batches import Batch
-from edt.data.features import sample_posterior
+from edt.data.features import Batch, sample_posterior
 from edt.diffusion import create_diffusion, create_timestep_sampler
 from edt.masking import TokenMasks
 from edt.nn.compilation import CompileMode, compile_network
@@ -196,7 +195,7 @@ class Trainer:
             for group in groups:
                 passes = part.passes[group]
                 null = torch.full_like(y[rows], self.model.num_classes)
-                labels = [torch.where(inputs.drop, null, y[rows]) for inputs in passes]
+                labels = [torch.where(one_pass.drop, null, y[rows]) for one_pass in passes]
                 masks = passes[-1].masks
                 if len(passes) > 1 and masks is not None:
                     masks = masks.after_full_pass()
@@ -208,7 +207,7 @@ class Trainer:
                     passes=group,
                     x_start=x_start[rows].repeat(len(passes), 1, 1, 1),
                     t=part.t.repeat(len(passes)),
-                    noise=torch.cat([inputs.noise for inputs in passes]),
+                    noise=torch.cat([one_pass.noise for one_pass in passes]),
                     y=torch.cat(labels),
                     masks=masks,
                     weight=part.weight,
@@ -261,6 +260,6 @@ def _check_precision(config: TrainConfig, accelerator: Accelerator) -> None:
     """The configuration decides the precision; refuse an accelerator that asks for another."""
     if accelerator.mixed_precision not in ("no", config.precision):
         raise UserError(
-            f"the accelerator computes in {accelerator.mixed_precision}, the training configuration "
-            f"in {config.precision}; leave mixed_precision to TrainConfig.precision (--precision)"
+            f"the accelerator computes in {accelerator.mixed_precision} and the training "
+            f"configuration in {config.precision}; choose the precision with --precision only"
         )

@@ -1,7 +1,7 @@
 """Choices: every named alternative is defined once, as a ``Literal`` type beside what it chooses.
 
-The type checker reads the ``Literal``. :func:`choices` gives its values to argparse and to messages,
-and the two checks below compare a value with them at run time.
+The type checker reads the ``Literal``. :func:`choices` gives its values to argparse and to
+messages, and the two checks below compare a value with them at run time.
 """
 
 from typing import Any, Literal, get_args, get_origin, get_type_hints

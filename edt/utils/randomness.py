@@ -1,7 +1,7 @@
 """Randomness that is derived and not stored.
 
-Every draw is a function of (seed, stream, step) and of what it is for. The stream is the name of the
-purpose, e.g. "noise" or "labels".
+Every draw is a function of (seed, stream, step). The stream is the name of the draw's purpose, e.g.
+"noise" or "labels".
 
 Training draws a whole global batch from one generator per stream and step (:func:`generator`), on
 every process, and each process keeps its rows. So one process and many see the same draws, and a
