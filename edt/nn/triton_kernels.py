@@ -300,10 +300,10 @@ def attention_grad_bias(
     grad_tile = tl.zeros([BLOCK_QUERIES, BLOCK_KEYS], tl.float32)
     for image in range(chunk * chunk_size, tl.minimum((chunk + 1) * chunk_size, num_images)):
         query_base = qkv + image * (N * stride) + head * D
-        out_base = grad_out + image * (N * NUM_HEADS * D) + head * D
         q = _load_rows(query_base, rows, stride, N, D, D_PAD)
         k = _load_rows(query_base + NUM_HEADS * D, columns, stride, N, D, D_PAD)
         v = _load_rows(query_base + 2 * NUM_HEADS * D, columns, stride, N, D, D_PAD)
+        out_base = grad_out + image * (N * NUM_HEADS * D) + head * D
         do = _load_rows(out_base, rows, NUM_HEADS * D, N, D, D_PAD)
         row_offset = (image * NUM_HEADS + head) * N + rows
         row_lse = tl.load(lse + row_offset, mask=rows < N, other=0.0)
