@@ -1,22 +1,22 @@
-"""Time, memory and error of attention, forward and with gradients: the release's arithmetic against
-this project's.
+"""Time, memory and error of attention, forward and with gradients, against the released arithmetic.
 
     python benchmarks/bench_attention.py
     python benchmarks/bench_attention.py --images 64 --heads 18 --tokens 1024 --json attention.json
 
-By default at EDT-S's 256-token stage and 256 images, in bf16, on a GPU; without one, the paths that
-a CPU has, at fewer images. One call of each path in turn, over and over, so that a change of clocks
-touches all alike; medians. The paths:
+The defaults on a GPU are EDT-S's stage of 256 tokens, 256 images and bf16. Without a GPU, fewer
+images go through the implementations that run on a CPU. The implementations take turns, one call
+each, so that a change of the clock rate affects all of them alike. Times are medians.
 
-    released   plain attention in float32, TF32 products where the device has them plain
-    edt.nn.attention.attention in --dtype, bias in float32 sdpa       torch's
-    scaled_dot_product_attention with the bias as its mask, in --dtype; heads are padded with zeros
-               to a multiple of 8, without which no fused kernel takes them
-    triton     edt.nn.attention_triton.triton_attention
+    released   the reference backend in float32, with TF32 products on a GPU that has them
+    reference  the reference backend in --dtype, with the bias in float32
+    sdpa       torch's scaled_dot_product_attention in --dtype, with the bias as its mask; heads are
+               padded with zeros to a multiple of 8, because fused kernels accept no other head_dim
+    triton     the triton backend in --dtype
 
-TFLOP/s are those of the definition: 4 B H N^2 d forward, 12 with gradients. Errors are relative to
-float32 without TF32; above 2e-2 the exit code is 1. Memory is what a call allocates at its peak,
-its inputs left out."""
+TFLOP/s count the operations of the reference: 4 B H N^2 d forward, 12 B H N^2 d with gradients.
+Errors are relative to float32 without TF32. The exit code is 1 if an error exceeds 2e-2. Memory is
+the peak of what a call allocates, without its inputs.
+"""
 
 import argparse
 import functools
@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,31 +41,34 @@ from edt.nn.precision import allow_tf32  # noqa: E402
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-HEAD_WIDTH = 52
-WORST = 2e-2
+HEAD_DIM = 52
+MAX_RELATIVE_ERROR = 2e-2
 
 
 def sdpa(qkv: Tensor, bias: Tensor) -> Tensor:
-    width = qkv.shape[-1]
-    q, k, v = F.pad(qkv, (0, -width % 8)).permute(2, 0, 3, 1, 4)
+    """Attention by torch's scaled_dot_product_attention."""
+    head_dim = qkv.shape[-1]
+    q, k, v = F.pad(qkv, (0, -head_dim % 8)).permute(2, 0, 3, 1, 4)
     mask = bias.to(qkv.dtype).expand(len(qkv), -1, -1, -1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=width**-0.5)
-    return out[..., :width].transpose(1, 2).flatten(2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=head_dim**-0.5)
+    return out[..., :head_dim].transpose(1, 2).flatten(2)
 
 
-def paths(dtype: torch.dtype) -> dict[str, tuple[Callable, torch.dtype]]:
-    """Name -> function of (qkv, bias), dtype of qkv."""
-    plain = functools.partial(attention, path="reference")
-    found = {"released": (plain, torch.float32), "plain": (plain, dtype), "sdpa": (sdpa, dtype)}
+def implementations(dtype: torch.dtype) -> dict[str, tuple[Callable, torch.dtype]]:
+    """Name -> (function of qkv and bias, dtype of qkv)."""
+    reference = functools.partial(attention, backend="reference")
+    table: dict[str, tuple[Callable, torch.dtype]] = {
+        "released": (reference, torch.float32),
+        "reference": (reference, dtype),
+        "sdpa": (sdpa, dtype),
+    }
     if CUDA:
-        from edt.nn.attention_triton import triton_attention
-
-        found["triton"] = (triton_attention, dtype)
-    return found
+        table["triton"] = (functools.partial(attention, backend="triton"), dtype)
+    return table
 
 
 class Case:
-    """One path with its inputs."""
+    """One implementation with its inputs."""
 
     def __init__(self, function: Callable, qkv: Tensor, bias: Tensor, grad_out: Tensor):
         self.function = function
@@ -76,16 +80,18 @@ class Case:
             return self.function(*self.leaves)
 
     def gradients(self) -> tuple[Tensor, ...]:
+        """The output, and the gradients of qkv and the bias."""
         out = self.function(*self.leaves)
         return out.detach(), *torch.autograd.grad(out, self.leaves, self.grad_out)
 
 
-def measure(call: Callable) -> float:
-    """Milliseconds of one call."""
+def milliseconds(call: Callable) -> float:
+    """The time of one call."""
     if not CUDA:
-        start = time.perf_counter()
+        start_sec = time.perf_counter()
         call()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (time.perf_counter() - start_sec)
+    # Events measure the GPU's own time; the host returns before the kernels end.
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -95,7 +101,7 @@ def measure(call: Callable) -> float:
 
 
 def peak_memory(call: Callable) -> float | None:
-    """MiB; None on a CPU, which does not tell."""
+    """MiB that one call allocates at its peak; None on a CPU, where torch does not count."""
     if not CUDA:
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -105,42 +111,47 @@ def peak_memory(call: Callable) -> float | None:
 
 
 def relative_errors(case: Case, exact: tuple[Tensor, ...]) -> dict[str, float]:
-    got = zip(("out", "grad_qkv", "grad_bias"), case.gradients(), exact, strict=True)
+    names = ("out", "grad_qkv", "grad_bias")
     return {
-        name: float((tensor.float() - truth).norm() / truth.norm()) for name, tensor, truth in got
+        name: float((actual.float() - expected).norm() / expected.norm())
+        for name, actual, expected in zip(names, case.gradients(), exact, strict=True)
     }
 
 
-def run(args: argparse.Namespace) -> dict[str, dict]:
-    """One row per path."""
+def make_inputs(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv, bias and the gradient of the output, in float32."""
     torch.manual_seed(0)
-    qkv = torch.randn(args.images, args.tokens, 3, args.heads, HEAD_WIDTH, device=DEVICE)
-    # Rounded first, so that the dtype of the inputs is no error of a path.
-    qkv = qkv.to(DTYPES[args.dtype]).float()
+    qkv = torch.randn(args.images, args.tokens, 3, args.heads, HEAD_DIM, device=DEVICE)
     bias = torch.randn(args.heads, args.tokens, args.tokens, device=DEVICE)
-    grad_out = (
-        torch.randn(args.images, args.tokens, args.heads * HEAD_WIDTH, device=DEVICE)
-        .to(DTYPES[args.dtype])
-        .float()
-    )
+    grad_out = torch.randn(args.images, args.tokens, args.heads * HEAD_DIM, device=DEVICE)
+    # Rounded to --dtype here, so that this rounding is in no implementation's error.
+    dtype = DTYPES[args.dtype]
+    return qkv.to(dtype).float(), bias, grad_out.to(dtype).float()
+
+
+def run(args: argparse.Namespace) -> dict[str, dict]:
+    """One row of results per implementation."""
+    qkv, bias, grad_out = make_inputs(args)
     allow_tf32("fp32")
     exact = Case(attention, qkv, bias, grad_out).gradients()
     allow_tf32("tf32")
     cases = {
         name: Case(function, qkv.to(dtype), bias, grad_out.to(dtype))
-        for name, (function, dtype) in paths(DTYPES[args.dtype]).items()
+        for name, (function, dtype) in implementations(DTYPES[args.dtype]).items()
     }
-    rows = {name: {"relative_error": relative_errors(case, exact)} for name, case in cases.items()}
-    del exact
-    operations = 4 * args.images * args.heads * args.tokens**2 * HEAD_WIDTH
+    rows: dict[str, dict[str, Any]] = {
+        name: {"relative_error": relative_errors(case, exact)} for name, case in cases.items()
+    }
+    del exact  # frees its memory before the measurement
+    operations = 4 * args.images * args.heads * args.tokens**2 * HEAD_DIM
     for part, factor in (("forward", 1), ("gradients", 3)):
-        calls = {name: getattr(case, part) for name, case in cases.items()}
-        times = {name: [] for name in calls}
+        calls: dict[str, Callable] = {name: getattr(case, part) for name, case in cases.items()}
+        times: dict[str, list[float]] = {name: [] for name in calls}
         for repeat in range(args.warmup + args.repeats):
             for name, call in calls.items():
-                milliseconds = measure(call)
+                duration = milliseconds(call)
                 if repeat >= args.warmup:
-                    times[name].append(milliseconds)
+                    times[name].append(duration)
         for name, call in calls.items():
             median = statistics.median(times[name])
             rows[name][part] = {
@@ -152,6 +163,21 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
     return rows
 
 
+def print_table(rows: dict[str, dict]) -> None:
+    print(
+        "name      part              ms  x released  TFLOP/s      MiB   "
+        "error: out  grad_qkv  grad_bias"
+    )
+    for name, row in rows.items():
+        errors = [f"{error:9.1e}" for error in row["relative_error"].values()]
+        for part in ("forward", "gradients"):
+            memory = "-" if row[part]["mebibytes"] is None else f"{row[part]['mebibytes']:.0f}"
+            speed = "{milliseconds:9.3f} {times_released:11.2f} {teraflops:8.2f}".format(
+                **row[part]
+            )
+            print(f"{name:9} {part:10}", speed, f"{memory:>8}", *errors)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -160,9 +186,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--heads", type=int, default=6)
     p.add_argument("--tokens", type=int, default=256)
     p.add_argument("--dtype", choices=DTYPES, default="bf16")
-    p.add_argument("--warmup", type=int, default=10 if CUDA else 2)
-    p.add_argument("--repeats", type=int, default=100 if CUDA else 10)
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    p.add_argument("--warmup", type=int, default=10 if CUDA else 2, help="calls not counted")
+    p.add_argument("--repeats", type=int, default=100 if CUDA else 10, help="calls measured")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     return p
 
 
@@ -174,32 +200,20 @@ def main() -> int:
     }
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     rows = run(args)
-    print(
-        "path      part              ms  x released  TFLOP/s      MiB   error: out  grad_qkv  grad_bias"
-    )
-    for name, row in rows.items():
-        for part in ("forward", "gradients"):
-            memory = "-" if row[part]["mebibytes"] is None else f"{row[part]['mebibytes']:.0f}"
-            speed = "{milliseconds:9.3f} {times_released:11.2f} {teraflops:8.2f}".format(
-                **row[part]
-            )
-            print(
-                f"{name:9} {part:10}",
-                speed,
-                f"{memory:>8}",
-                *(f"{e:9.1e}" for e in row["relative_error"].values()),
-            )
+    print_table(rows)
     if args.json:
-        args.json.write_text(json.dumps({**about, "paths": rows}, indent=1) + "\n")
-    # all() and not max(): NaN is wrong, too.
-    wrong = [
+        args.json.write_text(json.dumps({**about, "implementations": rows}, indent=1) + "\n")
+    # all() instead of max(), because max() can pass over NaN.
+    inaccurate = [
         name
         for name, row in rows.items()
-        if not all(error < WORST for error in row["relative_error"].values())
+        if not all(error < MAX_RELATIVE_ERROR for error in row["relative_error"].values())
     ]
-    if wrong:
-        print(f"off by more than {WORST}: {', '.join(wrong)}", file=sys.stderr)
-    return 1 if wrong else 0
+    if inaccurate:
+        print(
+            f"relative error above {MAX_RELATIVE_ERROR}: {', '.join(inaccurate)}", file=sys.stderr
+        )
+    return 1 if inaccurate else 0
 
 
 if __name__ == "__main__":

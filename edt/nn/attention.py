@@ -1,5 +1,5 @@
-"""The attention operation of EDT: biased softmax attention, optionally modulated after the
-softmax.
+"""The attention operation of the transformer blocks: softmax attention with an optional bias before
+the softmax and an optional factor after it.
 """
 
 from typing import Literal
@@ -7,12 +7,17 @@ from typing import Literal
 import torch
 
 from edt.nn.precision import no_autocast
+from edt.utils.choices import check_choice
 
 AttentionBackend = Literal["auto", "reference", "triton"]
+<<<<<<< HEAD
+=======
+
+>>>>>>> triton
 ATTENTION_BACKENDS: dict[AttentionBackend, str] = {
     "auto": "triton for 16-bit types on a GPU, else reference",
-    "reference": "plain matrix products: the definition, and the fastest on a CPU",
-    "triton": "one kernel that never writes the attention matrix; a GPU only",
+    "reference": "plain matrix products; they define the operation and are fastest on a CPU",
+    "triton": "fused kernels that never store the attention matrix; they need a GPU",
 }
 
 
@@ -22,24 +27,40 @@ def attention(
     amm_matrix: torch.Tensor | None = None,
     backend: AttentionBackend = "auto",
 ) -> torch.Tensor:
+<<<<<<< HEAD
     """``(softmax(q k^T / sqrt(d) + bias) * amm_matrix) v`` for every head.
+=======
+    """Compute ``(softmax(q k^T / sqrt(d) + bias) * amm_matrix) v`` for every head.
+>>>>>>> triton
 
-    ``scaled_dot_product_attention`` is no path: its fused kernels take neither a bias that needs a
-    gradient at head width 52 nor a factor after the softmax, and under bf16 on a CPU they are
-    slower.
+    The rows of ``softmax(...) * amm_matrix`` are not normalised again (paper, section 3.2).
+
+    ``scaled_dot_product_attention`` is not a backend. Its fused kernels accept neither a factor
+    after the softmax nor, at a head_dim of 52, a bias that needs a gradient. On a CPU they are
+    slower under bfloat16.
 
     Args:
+<<<<<<< HEAD
         qkv: (B, N, 3, heads, d), packed as the qkv projection leaves it.
         bias: (heads, N, N), added to the scores.
         amm_matrix: (N, N) factor on the softmax's result, or None.
         path: a key of :data:`PATHS`.
+=======
+        qkv: (B, N, 3, num_heads, head_dim), as the qkv projection returns it.
+        bias: added to the scores. (num_heads, N, N) is shared by all images, and
+            (B, num_heads, N, N) has one bias per image. None adds nothing. The triton backend
+            accepts only a shared bias; "auto" computes a per-image bias with the reference.
+        amm_matrix: (N, N) factor on the result of the softmax (see :mod:`edt.amm`), or None.
+        backend: a key of :data:`ATTENTION_BACKENDS`.
+>>>>>>> triton
 
     Returns:
-        (B, N, heads * d) in the type of ``qkv``.
+        (B, N, num_heads * head_dim) in the dtype of ``qkv``.
 
     Raises:
-        UserError: the path does not run here.
+        UserError: the backend is unknown, or it cannot compute these inputs on this device.
     """
+<<<<<<< HEAD
     if backend == "triton" or (
         backend == "auto" and qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16)
     ):
@@ -48,6 +69,22 @@ def attention(
         return triton_attention(qkv, bias, amm_matrix)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
     with no_autocast(qkv.device):  # a softmax of bfloat16 sums in float32 as it is
+=======
+    check_choice("attention backend", backend, AttentionBackend)
+    if backend == "auto":
+        is_16_bit = qkv.dtype in (torch.bfloat16, torch.float16)
+        has_shared_bias = bias is None or bias.ndim <= 3
+        backend = "triton" if qkv.is_cuda and is_16_bit and has_shared_bias else "reference"
+    if backend == "triton":
+        # Imported here because only this backend needs the triton package.
+        from edt.nn.attention_triton import triton_attention
+
+        return triton_attention(qkv, bias, amm_matrix)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, num_heads, N, head_dim) each
+    # The inputs decide the precision: autocast would lower float32 inputs to bfloat16. The softmax
+    # needs no cast, since torch sums a bfloat16 softmax in float32.
+    with no_autocast(qkv.device):
+>>>>>>> triton
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         if bias is not None:
             scores += bias.to(scores.dtype)

@@ -1,19 +1,11 @@
-"""EDT's attention in Triton: one pass over packed qkv, with the gradient of the position bias and
-the modulation.
+"""The "triton" backend of :func:`edt.nn.attention.attention`, with gradients for qkv and the bias.
 
-Four kernels: ``_forward``, ``_grad_q`` (which also leaves delta, the row sums of grad_out * out),
-``_grad_kv`` and ``_grad_bias``. Each output cell is written by exactly one program and in a fixed
-order of additions, so that results repeat bit for bit; there are no atomics. Scores, bias, softmax
-and every accumulator are float32 whatever the inputs are.
+The kernels are in :mod:`edt.nn.triton_kernels`. This module checks the inputs, chooses the tiles,
+launches the kernels and registers them with torch as operators: for autograd, for torch.compile and
+for the FLOP counter.
+"""
 
-With M the modulation, or ones: P = softmax(S), out = (P * M) v, and backwards dV = (P * M)^T dO, dP
-= M * (dO v^T), delta = rowsum(dO * out) = rowsum(P * dP), dS = P * (dP - delta), dQ = dS k /
-sqrt(d), dK = dS^T q / sqrt(d), and the bias receives dS summed over the images.
-
-In the kernels N is the number of tokens, D the head width, D_PAD its power of two; QUERIES x KEYS
-is the tile of scores."""
-
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,446 +15,208 @@ from edt.utils.errors import UserError
 
 try:
     import triton
-    import triton.language as tl
 except ImportError as error:
     raise UserError(
-        "Triton attention needs the triton package (Linux: pip install triton); use the plain attention"
+        'the attention backend "triton" needs the triton package; '
+        'install it (on Linux: pip install triton) or use the backend "reference"'
     ) from error
 
+from edt.nn.triton_kernels import (
+    attention_forward,
+    attention_grad_bias,
+    attention_grad_kv,
+    attention_grad_q,
+)
+
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: Triton's interpreter, on the CPU
-MAX_HEAD_WIDTH = 128
+MAX_HEAD_DIM = 128
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_LOG2_E = tl.constexpr(1.4426950408889634)  # the hardware has exp2 and log2 only
+KernelName = Literal["forward", "grad_q", "grad_kv", "grad_bias"]
+KERNELS: dict[KernelName, Any] = {
+    "forward": attention_forward,
+    "grad_q": attention_grad_q,
+    "grad_kv": attention_grad_kv,
+    "grad_bias": attention_grad_bias,
+}
+
+Float32Precision = Literal["tf32", "ieee"]  # Triton's names for float32 products
 
 
-def triton_attention(qkv: Tensor, bias: Tensor, modulation: Tensor | None = None) -> Tensor:
-    """``(softmax(q k^T / sqrt(d) + bias) * modulation) v`` for every head, as
-    :func:`edt.nn.attention.attention` defines it.
+def triton_attention(
+    qkv: Tensor, bias: Tensor | None = None, amm_matrix: Tensor | None = None
+) -> Tensor:
+    """Compute ``(softmax(q k^T / sqrt(d) + bias) * amm_matrix) v`` for every head.
+
+    :func:`edt.nn.attention.attention` defines the operation.
 
     Args:
-        qkv: (B, N, 3, heads, d), packed as the qkv projection leaves it; float32, float16 or
-            bfloat16, d at most 128.
-        bias: (heads, N, N), added to the scores; of any float dtype, in which its gradient comes
-            back.
-        modulation: (N, N) factor on the softmax's result, a constant, or None.
+        qkv: (B, N, 3, num_heads, head_dim), as the qkv projection returns it; float32, float16 or
+            bfloat16, with a head_dim of at most 128.
+        bias: (num_heads, N, N), added to the scores, or None for zeros. It may have any float
+            dtype; its gradient has the same.
+        amm_matrix: (N, N) factor on the result of the softmax, a constant, or None.
 
     Returns:
-        (B, N, heads * d) in the dtype of ``qkv``.
+        (B, N, num_heads * head_dim) in the dtype of ``qkv``.
 
     Raises:
-        UserError: a device, dtype or head width the kernels do not do.
+        UserError: the kernels do not support the device, a dtype, the head_dim, a bias per image,
+            or a gradient for ``amm_matrix``.
     """
-    _, tokens, _, heads, width = qkv.shape
+    _check_support(qkv, bias, amm_matrix)
+    _, tokens, _, num_heads, _ = qkv.shape
+    if bias is None:
+        # One compiled kernel serves both cases: (num_heads, N, N) zeros are small beside qkv.
+        bias = qkv.new_zeros(num_heads, tokens, tokens, dtype=torch.float32)
+    # The kernels compute addresses from the shape alone, so their inputs must be contiguous.
+    bias = bias.expand(num_heads, tokens, tokens).contiguous()
+    if amm_matrix is not None:
+        amm_matrix = amm_matrix.expand(tokens, tokens).contiguous()
+    return torch.ops.edt.attention(qkv.contiguous(), bias, amm_matrix)[0]
+
+
+def _check_support(qkv: Tensor, bias: Tensor | None, amm_matrix: Tensor | None) -> None:
+    """Raise a UserError for inputs that the kernels do not support."""
+    backend, advice = 'the attention backend "triton"', 'use the backend "reference"'
     if not (qkv.is_cuda or INTERPRETED):
+        raise UserError(f"{backend} needs a GPU, but the inputs are on {qkv.device}; {advice}")
+    if qkv.dtype not in DTYPES:
+        raise UserError(f"{backend} needs a 16- or 32-bit dtype, got {qkv.dtype}; {advice}")
+    head_dim = qkv.shape[-1]
+    if head_dim > MAX_HEAD_DIM:
         raise UserError(
-            f"Triton attention needs a GPU, got a tensor on {qkv.device}; use the plain attention"
+            f"{backend} needs a head_dim of at most {MAX_HEAD_DIM}, got {head_dim}; {advice}"
         )
-    if qkv.dtype not in DTYPES or width > MAX_HEAD_WIDTH:
+    if bias is not None and bias.ndim > 3:
         raise UserError(
-            f"Triton attention does 16- and 32-bit heads up to 128 wide, got {qkv.dtype}, {width}"
+            f"{backend} has no bias per image: it needs the shape (num_heads, N, N), "
+            f"got {tuple(bias.shape)}; {advice}"
         )
-    if modulation is not None:
-        if modulation.requires_grad:
-            raise UserError(
-                "Triton attention has no gradient for the modulation; detach it, or use the plain attention"
-            )
-        modulation = modulation.expand(tokens, tokens).contiguous()
-    bias = bias.expand(heads, tokens, tokens).contiguous()
-    return torch.ops.edt.nn.attention(qkv.contiguous(), bias, modulation)[0]
+    if amm_matrix is not None and amm_matrix.requires_grad:
+        raise UserError(f"{backend} has no gradient for amm_matrix; detach it, or {advice}")
 
 
-# -- kernels -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _head(HEADS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """(image, head, first row) of this program: tiles vary fastest, then heads, whose rows share
-    cache lines.
-
-    One axis for all, since the others end at 65,535; images in 64 bits, since their offsets pass
-    2^31."""
-    tiles: tl.constexpr = (N + BLOCK - 1) // BLOCK
-    program = tl.program_id(0)
-    image_head = program // tiles
-    return (image_head // HEADS).to(tl.int64), image_head % HEADS, program % tiles * BLOCK
-
-
-@triton.jit
-def _rows(pointer, rows, stride, N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Pointers and mask of a (rows, D_PAD) tile whose row r begins at ``pointer + r * stride``."""
-    columns = tl.arange(0, D_PAD)
-    return pointer + rows[:, None] * stride + columns[None, :], (rows < N)[:, None] & (columns < D)[
-        None, :
-    ]
-
-
-@triton.jit
-def _load_rows(pointer, rows, stride, N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    pointers, mask = _rows(pointer, rows, stride, N, D, D_PAD)
-    return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_rows(
-    pointer, rows, stride, values, N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
-):
-    pointers, mask = _rows(pointer, rows, stride, N, D, D_PAD)
-    tl.store(pointers, values.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _load_pairs(matrix, queries, keys, N: tl.constexpr, PADDED: tl.constexpr):
-    """Tile of an (N, N) matrix in float32; ``queries`` and ``keys`` are a column and a row, or a
-    row and a column.
-    """
-    if PADDED:
-        tile = tl.load(matrix + queries * N + keys, mask=(queries < N) & (keys < N), other=0.0)
-    else:
-        tile = tl.load(matrix + queries * N + keys)
-    return tile.to(tl.float32)
-
-
-@triton.jit
-def _scores(
-    a,
-    b,
-    bias,
-    queries,
-    keys,
-    SCALE: tl.constexpr,
-    N: tl.constexpr,
-    PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Scores times log2(e): those of q k^T for (a, b) = (q, k), their transpose for (k, q). Keys
-    past N have -inf.
-    """
-    products = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-    scores = (products * SCALE + _load_pairs(bias, queries, keys, N, PADDED)) * _LOG2_E
-    return tl.where(keys < N, scores, float("-inf")) if PADDED else scores
-
-
-@triton.jit
-def _forward(
-    qkv,
-    bias,
-    modulation,
-    out,
-    lse,
-    HEADS: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    SCALE: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``out`` and ``lse`` (log2 of the sum of 2^scores) of one tile of queries, by one sweep over
-    the keys.
-    """
-    image, head, first = _head(HEADS, N, QUERIES)
-    PADDED: tl.constexpr = N % QUERIES != 0 or N % KEYS != 0
-    stride = 3 * HEADS * D
-    query_base = qkv + image * (N * stride) + head * D
-    key_base, value_base = query_base + HEADS * D, query_base + 2 * HEADS * D
-    bias += head * N * N
-    rows = first + tl.arange(0, QUERIES)
-    q = _load_rows(query_base, rows, stride, N, D, D_PAD)
-    top = tl.full([QUERIES], float("-inf"), tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    result = tl.zeros([QUERIES, D_PAD], tl.float32)
-    for start in range(0, N, KEYS):
-        columns = start + tl.arange(0, KEYS)
-        k = _load_rows(key_base, columns, stride, N, D, D_PAD)
-        v = _load_rows(value_base, columns, stride, N, D, D_PAD)
-        scores = _scores(q, k, bias, rows[:, None], columns[None, :], SCALE, N, PADDED, PRECISION)
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)  # before the modulation: nothing is renormalised
-        if modulation is not None:
-            p *= _load_pairs(modulation, rows[:, None], columns[None, :], N, PADDED)
-        result = result * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        top = new_top
-    out_base = out + image * (N * HEADS * D) + head * D
-    _store_rows(out_base, rows, HEADS * D, result / total[:, None], N, D, D_PAD)
-    tl.store(lse + (image * HEADS + head) * N + rows, top + tl.log2(total), mask=rows < N)
-
-
-@triton.jit
-def _grad_q(
-    qkv,
-    bias,
-    modulation,
-    out,
-    grad_out,
-    lse,
-    delta,
-    grad_qkv,
-    HEADS: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    SCALE: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``delta`` and the gradient of q for one tile of queries, by one sweep over the keys."""
-    image, head, first = _head(HEADS, N, QUERIES)
-    PADDED: tl.constexpr = N % QUERIES != 0 or N % KEYS != 0
-    stride = 3 * HEADS * D
-    query_base = qkv + image * (N * stride) + head * D
-    key_base, value_base = query_base + HEADS * D, query_base + 2 * HEADS * D
-    out_offset = image * (N * HEADS * D) + head * D
-    bias += head * N * N
-    rows = first + tl.arange(0, QUERIES)
-    q = _load_rows(query_base, rows, stride, N, D, D_PAD)
-    do = _load_rows(grad_out + out_offset, rows, HEADS * D, N, D, D_PAD)
-    o = _load_rows(out + out_offset, rows, HEADS * D, N, D, D_PAD)
-    row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    row_offset = (image * HEADS + head) * N + rows
-    tl.store(delta + row_offset, row_delta, mask=rows < N)
-    row_lse = tl.load(lse + row_offset, mask=rows < N, other=0.0)
-    result = tl.zeros([QUERIES, D_PAD], tl.float32)
-    for start in range(0, N, KEYS):
-        columns = start + tl.arange(0, KEYS)
-        k = _load_rows(key_base, columns, stride, N, D, D_PAD)
-        v = _load_rows(value_base, columns, stride, N, D, D_PAD)
-        p = tl.exp2(
-            _scores(q, k, bias, rows[:, None], columns[None, :], SCALE, N, PADDED, PRECISION)
-            - row_lse[:, None]
-        )
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        if modulation is not None:
-            dp *= _load_pairs(modulation, rows[:, None], columns[None, :], N, PADDED)
-        ds = p * (dp - row_delta[:, None])
-        result += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
-    grad_base = grad_qkv + image * (N * stride) + head * D
-    _store_rows(grad_base, rows, stride, result * SCALE, N, D, D_PAD)
-
-
-@triton.jit
-def _grad_kv(
-    qkv,
-    bias,
-    modulation,
-    grad_out,
-    lse,
-    delta,
-    grad_qkv,
-    HEADS: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    SCALE: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradients of k and v for one tile of keys, by one sweep over the queries. Tiles of scores
-    are transposed.
-    """
-    image, head, first = _head(HEADS, N, KEYS)
-    PADDED: tl.constexpr = N % QUERIES != 0 or N % KEYS != 0
-    stride = 3 * HEADS * D
-    query_base = qkv + image * (N * stride) + head * D
-    out_base = grad_out + image * (N * HEADS * D) + head * D
-    row_base = (image * HEADS + head) * N
-    bias += head * N * N
-    columns = first + tl.arange(0, KEYS)
-    k = _load_rows(query_base + HEADS * D, columns, stride, N, D, D_PAD)
-    v = _load_rows(query_base + 2 * HEADS * D, columns, stride, N, D, D_PAD)
-    grad_k = tl.zeros([KEYS, D_PAD], tl.float32)
-    grad_v = tl.zeros([KEYS, D_PAD], tl.float32)
-    for start in range(0, N, QUERIES):
-        rows = start + tl.arange(0, QUERIES)
-        q = _load_rows(query_base, rows, stride, N, D, D_PAD)
-        do = _load_rows(out_base, rows, HEADS * D, N, D, D_PAD)
-        # A query past N has p = 1, but its do, delta and q are 0: it adds nothing.
-        row_lse = tl.load(lse + row_base + rows, mask=rows < N, other=0.0)
-        row_delta = tl.load(delta + row_base + rows, mask=rows < N, other=0.0)
-        p = tl.exp2(
-            _scores(k, q, bias, rows[None, :], columns[:, None], SCALE, N, PADDED, PRECISION)
-            - row_lse[None, :]
-        )
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        weights = p
-        if modulation is not None:
-            factor = _load_pairs(modulation, rows[None, :], columns[:, None], N, PADDED)
-            weights *= factor
-            dp *= factor
-        grad_v += tl.dot(weights.to(do.dtype), do, input_precision=PRECISION)
-        ds = p * (dp - row_delta[None, :])
-        grad_k += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
-    grad_base = grad_qkv + image * (N * stride) + head * D
-    _store_rows(grad_base + HEADS * D, columns, stride, grad_k * SCALE, N, D, D_PAD)
-    _store_rows(grad_base + 2 * HEADS * D, columns, stride, grad_v, N, D, D_PAD)
-
-
-@triton.jit
-def _grad_bias(
-    qkv,
-    bias,
-    modulation,
-    grad_out,
-    lse,
-    delta,
-    partial,
-    images,
-    chunk,
-    HEADS: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    SCALE: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradient of one tile of one head's bias, summed over one chunk of the images: ``partial``
-    (chunks, heads, N, N).
-    """
-    PADDED: tl.constexpr = N % QUERIES != 0 or N % KEYS != 0
-    COLUMN_TILES: tl.constexpr = (N + KEYS - 1) // KEYS
-    tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows = tile // COLUMN_TILES * QUERIES + tl.arange(0, QUERIES)
-    columns = tile % COLUMN_TILES * KEYS + tl.arange(0, KEYS)
-    stride = 3 * HEADS * D
-    bias += head * N * N
-    result = tl.zeros([QUERIES, KEYS], tl.float32)
-    for image in range(part * chunk, tl.minimum((part + 1) * chunk, images)):
-        query_base = qkv + image * (N * stride) + head * D
-        q = _load_rows(query_base, rows, stride, N, D, D_PAD)
-        k = _load_rows(query_base + HEADS * D, columns, stride, N, D, D_PAD)
-        v = _load_rows(query_base + 2 * HEADS * D, columns, stride, N, D, D_PAD)
-        do = _load_rows(grad_out + image * (N * HEADS * D) + head * D, rows, HEADS * D, N, D, D_PAD)
-        row_offset = (image * HEADS + head) * N + rows
-        row_lse = tl.load(lse + row_offset, mask=rows < N, other=0.0)
-        row_delta = tl.load(delta + row_offset, mask=rows < N, other=0.0)
-        p = tl.exp2(
-            _scores(q, k, bias, rows[:, None], columns[None, :], SCALE, N, PADDED, PRECISION)
-            - row_lse[:, None]
-        )
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        if modulation is not None:
-            dp *= _load_pairs(modulation, rows[:, None], columns[None, :], N, PADDED)
-        result += p * (dp - row_delta[:, None])
-    cells = partial + (part * HEADS + head) * (N * N) + rows[:, None] * N + columns[None, :]
-    tl.store(cells, result, mask=(rows < N)[:, None] & (columns < N)[None, :])
-
-
-# -- launches ----------------------------------------------------------------------------------------------------------
+# -- tiles and launches ----------------------------------------------------------------------------
 
 
 class Tile(NamedTuple):
-    """Of the scores: the rows a program owns, and those of the other operand that it takes at a
-    time.
-    """
+    """How the scores are split among programs, and how a program is compiled."""
 
-    owned: int
-    taken: int
-    warps: int
-    stages: int  # of the software pipeline
+    owned_rows: int  # rows of the output that one program computes
+    streamed_rows: int  # rows of the other operand that it loads per iteration of its loop
+    num_warps: int
+    num_stages: int  # of the software pipeline
 
 
-KERNELS = {"forward": _forward, "grad_q": _grad_q, "grad_kv": _grad_kv, "grad_bias": _grad_bias}
+def choose_tile(
+    tokens: int, head_dim: int, dtype: torch.dtype, precision: Float32Precision
+) -> Tile:
+    """The largest tile whose kernels compile for an H100 without register spills.
 
-
-def choose_tile(tokens: int, width: int, dtype: torch.dtype, precision: str) -> Tile:
-    """The largest that compile for an H100 without spills, benchmarks/results; its wgmma needs 64
-    owned rows.
+    benchmarks/results holds the tables, and benchmarks/report_kernels.py makes them. An H100's
+    tensor cores work on 64 rows at a time (wgmma), so a program owns 64 rows where it can.
     """
     no_tensor_cores = dtype == torch.float32 and precision == "ieee"
     if tokens <= 16:
         return Tile(16, 16, 2 if no_tensor_cores else 1, 1)
     if dtype != torch.float32:
-        return Tile(64, 64 if width <= 64 else 32, 4, 2)
-    return Tile(32, 16, 4, 2) if no_tensor_cores or width > 64 else Tile(64, 32, 4, 2)
+        return Tile(64, 64 if head_dim <= 64 else 32, 4, 2)
+    return Tile(32, 16, 4, 2) if no_tensor_cores or head_dim > 64 else Tile(64, 32, 4, 2)
 
 
-def constants(kernel: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict:
-    """What one of KERNELS is compiled for, given the shape and dtype of qkv; options of the
-    compiler in lower case.
+def kernel_constants(
+    kernel: KernelName, qkv_shape: tuple[int, ...], dtype: torch.dtype
+) -> dict[str, Any]:
+    """The constants that a kernel is compiled for, in upper case, and the compiler's options.
+
+    ``dtype`` is that of qkv.
     """
-    _, tokens, _, heads, width = shape
-    precision = (
-        "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    )  # of float32 products
-    owned, taken, warps, stages = choose_tile(tokens, width, dtype, precision)
-    queries, keys = (taken, owned) if kernel == "grad_kv" else (owned, taken)
+    _, tokens, _, num_heads, head_dim = qkv_shape
+    # Looked up at each launch, as torch looks it up at each of its own matrix products.
+    allows_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision: Float32Precision = "tf32" if allows_tf32 else "ieee"
+    tile = choose_tile(tokens, head_dim, dtype, precision)
+    # Programs own queries, except those of grad_kv, which own keys.
+    queries, keys = tile.owned_rows, tile.streamed_rows
+    if kernel == "grad_kv":
+        queries, keys = keys, queries
     return {
-        "HEADS": heads,
+        "NUM_HEADS": num_heads,
         "N": tokens,
-        "D": width,
-        "D_PAD": max(16, triton.next_power_of_2(width)),
-        "SCALE": width**-0.5,
-        "QUERIES": queries,
-        "KEYS": keys,
+        "D": head_dim,
+        "D_PAD": max(16, triton.next_power_of_2(head_dim)),  # tl.dot needs 16 at least
+        "SCALE": head_dim**-0.5,
+        "BLOCK_QUERIES": queries,
+        "BLOCK_KEYS": keys,
         "PRECISION": precision,
-        "num_warps": warps,
-        "num_stages": stages,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
         "enable_fp_fusion": True,
     }
 
 
-def chunk_images(images: int, heads: int, tiles: int) -> int:
-    """Images that one program of ``_grad_bias`` sums over: about 768 programs share the work,
-    enough to fill an H100.
+def images_per_chunk(num_images: int, num_heads: int, num_tiles: int) -> int:
+    """How many images one program of ``attention_grad_bias`` sums.
 
-    The device is not asked, so that the order of the sum is the same on all.
+    About 768 programs share the work, which is enough to fill an H100. The number does not depend
+    on the device, so that the order of the sum, and with it the result, is the same on every GPU.
     """
-    return max(1, triton.cdiv(images, max(1, 768 // (heads * tiles))))
+    chunks = max(1, 768 // (num_heads * num_tiles))
+    return max(1, triton.cdiv(num_images, chunks))
 
 
-def _launch(kernel: str, qkv: Tensor, *others: Tensor | None) -> None:
-    """Run a kernel whose programs own rows of one head of one image."""
-    images, tokens, _, heads, _ = qkv.shape
-    meta = constants(kernel, qkv.shape, qkv.dtype)
-    programs = (
-        images * heads * triton.cdiv(tokens, meta["KEYS" if kernel == "grad_kv" else "QUERIES"])
-    )
-    with torch.cuda.device_of(qkv):
-        KERNELS[kernel][(programs,)](qkv, *others, **meta)
+def _launch(kernel: KernelName, qkv: Tensor, *tensors: Tensor | None) -> None:
+    """Run a kernel whose programs each own rows of one head of one image."""
+    num_images, tokens, _, num_heads, _ = qkv.shape
+    constants = kernel_constants(kernel, qkv.shape, qkv.dtype)
+    owned_rows = constants["BLOCK_KEYS" if kernel == "grad_kv" else "BLOCK_QUERIES"]
+    programs = num_images * num_heads * triton.cdiv(tokens, owned_rows)
+    with torch.cuda.device_of(qkv):  # Triton launches on the current device
+        KERNELS[kernel][(programs,)](qkv, *tensors, **constants)
 
 
-# Opaque operators rather than triton_op: torch's FLOP counter does not run the kernels that it sees
-# inside one, and TF32 is looked up at each call, as torch's own products do.
+# -- operators -------------------------------------------------------------------------------------
+# custom_op makes them opaque to torch. Inside a triton_op, the FLOP counter would not run the
+# kernels that it sees, and torch.compile would fix the TF32 setting when it traces. The inputs of
+# all operators are contiguous.
+
+
 @torch.library.custom_op("edt::attention", mutates_args=())
-def _attention(qkv: Tensor, bias: Tensor, modulation: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B, N, heads * d) and, for the backward pass, lse (B, heads, N) float32. Inputs are
-    contiguous, here and below.
+def _attention(qkv: Tensor, bias: Tensor, amm_matrix: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output (B, N, num_heads * head_dim), and lse (B, num_heads, N) float32.
+
+    The backward pass needs lse (see :mod:`edt.nn.triton_kernels`).
     """
-    out, lse = _empty_outputs(qkv, bias, modulation)
-    _launch("forward", qkv, bias, modulation, out, lse)
+    out, lse = _empty_outputs(qkv, bias, amm_matrix)
+    _launch("forward", qkv, bias, amm_matrix, out, lse)
     return out, lse
 
 
 @_attention.register_fake
-def _empty_outputs(qkv: Tensor, bias: Tensor, modulation: Tensor | None) -> tuple[Tensor, Tensor]:
-    images, tokens, _, heads, width = qkv.shape
-    return qkv.new_empty(images, tokens, heads * width), qkv.new_empty(
-        images, heads, tokens, dtype=torch.float32
-    )
+def _empty_outputs(qkv: Tensor, bias: Tensor, amm_matrix: Tensor | None) -> tuple[Tensor, Tensor]:
+    num_images, tokens, _, num_heads, head_dim = qkv.shape
+    out = qkv.new_empty(num_images, tokens, num_heads * head_dim)
+    lse = qkv.new_empty(num_images, num_heads, tokens, dtype=torch.float32)
+    return out, lse
 
 
 @torch.library.custom_op("edt::attention_grad_qkv", mutates_args=())
 def _attention_grad_qkv(
-    qkv: Tensor, bias: Tensor, modulation: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor
+    qkv: Tensor, bias: Tensor, amm_matrix: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of ``qkv``, and delta (B, heads, N) float32."""
+    """The gradient of ``qkv``, and delta (B, num_heads, N) float32."""
     grad_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    _launch(
-        "grad_q", qkv, bias, modulation, out, grad_out, lse, delta, grad_qkv
-    )  # first: it writes delta
-    _launch("grad_kv", qkv, bias, modulation, grad_out, lse, delta, grad_qkv)
+    # grad_q comes first because it writes delta, which grad_kv reads.
+    _launch("grad_q", qkv, bias, amm_matrix, out, grad_out, lse, delta, grad_qkv)
+    _launch("grad_kv", qkv, bias, amm_matrix, grad_out, lse, delta, grad_qkv)
     return grad_qkv, delta
 
 
 @_attention_grad_qkv.register_fake
-def _(qkv, bias, modulation, out, grad_out, lse):
+def _empty_grad_qkv(
+    qkv: Tensor, bias: Tensor, amm_matrix: Tensor | None, out: Tensor, grad_out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(qkv), torch.empty_like(lse)
 
 
@@ -470,59 +224,68 @@ def _(qkv, bias, modulation, out, grad_out, lse):
 def _attention_grad_bias(
     qkv: Tensor,
     bias: Tensor,
-    modulation: Tensor | None,
+    amm_matrix: Tensor | None,
     grad_out: Tensor,
     lse: Tensor,
     delta: Tensor,
 ) -> Tensor:
     """The gradient of ``bias``, in its dtype."""
-    images, tokens, _, heads, _ = qkv.shape
-    meta = constants("grad_bias", qkv.shape, qkv.dtype)
-    tiles = triton.cdiv(tokens, meta["QUERIES"]) * triton.cdiv(tokens, meta["KEYS"])
-    chunk = chunk_images(images, heads, tiles)
-    partial = qkv.new_empty(triton.cdiv(images, chunk), heads, tokens, tokens, dtype=torch.float32)
+    num_images, tokens, _, num_heads, _ = qkv.shape
+    constants = kernel_constants("grad_bias", qkv.shape, qkv.dtype)
+    row_tiles = triton.cdiv(tokens, constants["BLOCK_QUERIES"])
+    num_tiles = row_tiles * triton.cdiv(tokens, constants["BLOCK_KEYS"])
+    chunk_size = images_per_chunk(num_images, num_heads, num_tiles)
+    num_chunks = triton.cdiv(num_images, chunk_size)
+    partial_sums = qkv.new_empty(num_chunks, num_heads, tokens, tokens, dtype=torch.float32)
+    tensors = (qkv, bias, amm_matrix, grad_out, lse, delta, partial_sums)
     with torch.cuda.device_of(qkv):
-        _grad_bias[(tiles, heads, len(partial))](
-            qkv, bias, modulation, grad_out, lse, delta, partial, images, chunk, **meta
+        attention_grad_bias[(num_tiles, num_heads, num_chunks)](
+            *tensors, num_images, chunk_size, **constants
         )
-    return partial.sum(0).to(bias.dtype)
+    return partial_sums.sum(0).to(bias.dtype)
 
 
 @_attention_grad_bias.register_fake
-def _(qkv, bias, modulation, grad_out, lse, delta):
+def _empty_grad_bias(
+    qkv: Tensor,
+    bias: Tensor,
+    amm_matrix: Tensor | None,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+) -> Tensor:
     return torch.empty_like(bias)
 
 
-# -- autograd ----------------------------------------------------------------------------------------------------------
+# -- autograd --------------------------------------------------------------------------------------
 
 
-def _save(ctx, inputs: tuple, output: tuple) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
-def _backward(ctx, grad_out: Tensor, _) -> tuple:
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    """Gradients of qkv and bias. ``grad_lse`` is ignored: lse never leaves this module."""
     *inputs, out, lse = ctx.saved_tensors
     grad_out = grad_out.contiguous()
     grad_qkv, delta = torch.ops.edt.attention_grad_qkv(*inputs, out, grad_out, lse)
-    grad_bias = (
-        torch.ops.edt.attention_grad_bias(*inputs, grad_out, lse, delta)
-        if ctx.needs_input_grad[1]
-        else None
-    )
+    grad_bias = None
+    if ctx.needs_input_grad[1]:
+        grad_bias = torch.ops.edt.attention_grad_bias(*inputs, grad_out, lse, delta)
     return grad_qkv, grad_bias, None
 
 
-_attention.register_autograd(_backward, setup_context=_save)
+_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-# Counted as the plain definition is: what the kernels compute twice or on padding is not the
-# model's work.
-@register_flop_formula(torch.ops.edt.nn.attention)
-def _attention_flops(qkv_shape: tuple[int, ...], *_, **__) -> int:
-    images, tokens, _, heads, width = qkv_shape
-    return 4 * images * heads * tokens**2 * width
+# The counts are those of the reference backend. Recomputed scores and padding are not the model's
+# work, so both are left out.
+@register_flop_formula(torch.ops.edt.attention)
+def _attention_flops(qkv_shape: tuple[int, ...], *inputs: Any, **options: Any) -> int:
+    num_images, tokens, _, num_heads, head_dim = qkv_shape
+    return 4 * num_images * num_heads * tokens**2 * head_dim
 
 
 @register_flop_formula(torch.ops.edt.attention_grad_qkv)
-def _attention_grad_flops(qkv_shape: tuple[int, ...], *_, **__) -> int:
+def _attention_grad_flops(qkv_shape: tuple[int, ...], *inputs: Any, **options: Any) -> int:
     return 2 * _attention_flops(qkv_shape)
