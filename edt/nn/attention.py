@@ -10,10 +10,7 @@ from edt.nn.precision import no_autocast
 from edt.utils.choices import check_choice
 
 AttentionBackend = Literal["auto", "reference", "triton"]
-<<<<<<< HEAD
-=======
 
->>>>>>> triton
 ATTENTION_BACKENDS: dict[AttentionBackend, str] = {
     "auto": "triton for 16-bit types on a GPU, else reference",
     "reference": "plain matrix products; they define the operation and are fastest on a CPU",
@@ -27,11 +24,7 @@ def attention(
     amm_matrix: torch.Tensor | None = None,
     backend: AttentionBackend = "auto",
 ) -> torch.Tensor:
-<<<<<<< HEAD
-    """``(softmax(q k^T / sqrt(d) + bias) * amm_matrix) v`` for every head.
-=======
     """Compute ``(softmax(q k^T / sqrt(d) + bias) * amm_matrix) v`` for every head.
->>>>>>> triton
 
     The rows of ``softmax(...) * amm_matrix`` are not normalised again (paper, section 3.2).
 
@@ -40,19 +33,12 @@ def attention(
     slower under bfloat16.
 
     Args:
-<<<<<<< HEAD
-        qkv: (B, N, 3, heads, d), packed as the qkv projection leaves it.
-        bias: (heads, N, N), added to the scores.
-        amm_matrix: (N, N) factor on the softmax's result, or None.
-        path: a key of :data:`PATHS`.
-=======
         qkv: (B, N, 3, num_heads, head_dim), as the qkv projection returns it.
         bias: added to the scores. (num_heads, N, N) is shared by all images, and
             (B, num_heads, N, N) has one bias per image. None adds nothing. The triton backend
             accepts only a shared bias; "auto" computes a per-image bias with the reference.
         amm_matrix: (N, N) factor on the result of the softmax (see :mod:`edt.amm`), or None.
         backend: a key of :data:`ATTENTION_BACKENDS`.
->>>>>>> triton
 
     Returns:
         (B, N, num_heads * head_dim) in the dtype of ``qkv``.
@@ -60,16 +46,6 @@ def attention(
     Raises:
         UserError: the backend is unknown, or it cannot compute these inputs on this device.
     """
-<<<<<<< HEAD
-    if backend == "triton" or (
-        backend == "auto" and qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16)
-    ):
-        from edt.nn.attention_triton import triton_attention  # needs the triton package
-
-        return triton_attention(qkv, bias, amm_matrix)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
-    with no_autocast(qkv.device):  # a softmax of bfloat16 sums in float32 as it is
-=======
     check_choice("attention backend", backend, AttentionBackend)
     if backend == "auto":
         is_16_bit = qkv.dtype in (torch.bfloat16, torch.float16)
@@ -84,7 +60,6 @@ def attention(
     # The inputs decide the precision: autocast would lower float32 inputs to bfloat16. The softmax
     # needs no cast, since torch sums a bfloat16 softmax in float32.
     with no_autocast(qkv.device):
->>>>>>> triton
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         if bias is not None:
             scores += bias.to(scores.dtype)
