@@ -74,18 +74,16 @@ class EDTConfig:
             raise UserError(f"EDT has five depths of at least 1, got {self.depths}")
         if len(self.num_heads) != 3 or min(self.num_heads) < 1:
             raise UserError(f"EDT has three head counts of at least 1, got {self.num_heads}")
-        if self.input_size < 1 or self.input_size % (4 * self.patch_size):
+        multiple = 4 * self.patch_size
+        if self.input_size < 1 or self.input_size % multiple:
             raise UserError(
-                f"latent side {self.input_size} does not fit patch size {self.patch_size}: "
-                f"choose an image size whose latent side is a multiple of {4 * self.patch_size}"
+                f"latent side {self.input_size} is not a multiple of {multiple}, as patch size "
+                f"{self.patch_size} requires; choose another image size"
             )
         if self.num_classes < 0:
             raise UserError(f"number of classes must be 0 or more, got {self.num_classes}")
         if self.mid_mask_block is not None and not 0 <= self.mid_mask_block < self.depths[0]:
-            raise UserError(
-                f"mid_mask_block {self.mid_mask_block} does not exist; "
-                f"stage 1 has blocks 0 to {self.depths[0] - 1}"
-            )
+            raise UserError(f"mid_mask_block {self.mid_mask_block} is not a block of stage 1")
 
     @property
     def grid_size(self) -> int:
@@ -115,10 +113,9 @@ class EDTConfig:
             UserError: a key is unknown.
         """
         values = {"num_heads" if key == "heads" else key: value for key, value in values.items()}
-        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
-        if unknown:
-            names = ", ".join(sorted(unknown))
-            raise UserError(f"unknown model configuration {names}; is it from a newer version?")
+        names = {field.name for field in dataclasses.fields(cls)}
+        if unknown := ", ".join(sorted(set(values) - names)):
+            raise UserError(f"unknown model configuration {unknown}; is it from a newer version?")
         return cls(**values)
 
     @classmethod
@@ -144,9 +141,9 @@ class EDTConfig:
             raise UserError(
                 f"the checkpoint is not an EDT: {error} is missing or has another shape"
             ) from None
-        stages = [(kind[0], len(list(run))) for kind, run in itertools.groupby(kinds)]
-        num_heads = tuple(stage_width // HEAD_DIM for stage_width, _ in stages[:3])
-        depths = tuple(depth for _, depth in stages)
+        stages = [(stage[0] // HEAD_DIM, len(list(run))) for stage, run in itertools.groupby(kinds)]
+        all_heads, depths = zip(*stages, strict=True)
+        num_heads = all_heads[:3]
         return cls(
             input_size=math.isqrt(tokens) * patch_size,
             in_channels=in_channels,
@@ -177,12 +174,12 @@ class EDT(DiffusionTransformer):
     def __init__(self, config: EDTConfig) -> None:
         super().__init__()
         self.config = config
+        self.in_channels, self.num_classes = config.in_channels, config.num_classes
         self.modulations: tuple[Modulation, ...] = ()
         grid, tie, pes = config.grid_size, config.tie, config.pes
         grids = (grid, grid // 2, grid // 4, grid // 2, grid)
         heads1, heads2, heads3 = config.num_heads
         w1, w2, w3 = (HEAD_DIM * heads for heads in config.num_heads)
-
         self.x_embedder = PatchEmbed(config.input_size, config.patch_size, config.in_channels, w1)
         self.t_embedder = TimestepEmbedder(w1)
         self.y_embedder = LabelEmbedder(config.num_classes, w1)
@@ -226,13 +223,16 @@ class EDT(DiffusionTransformer):
         keep = masks or TokenMasks(None, None)
         if y is None:
             y = torch.full_like(t, self.num_classes, dtype=torch.long)
+        first_mask = self.config.mid_mask_block  # blocks of stage 1 that come before any mask
+        if first_mask is None:
+            first_mask = self.config.depths[0]
         # fmt: off
         c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
         x = embedded = self.x_embedder(x) + self.pos_embed                  # (B, T, w1)
-        x = self._stage(0, x, c, stop=self._first_mask)                     # (B, T, w1)
+        x = self._stage(0, x, c, stop=first_mask)                           # (B, T, w1)
         x, embedded, c = keep.repeat_rows(x, embedded, c)                   # B is k B from here on
         x = self._hide(x, keep.mid)                                         # (B, T, w1)
-        x = self._stage(0, x, c, start=self._first_mask)                    # (B, T, w1)
+        x = self._stage(0, x, c, start=first_mask)                          # (B, T, w1)
         x = reduced = self.down_blocks[0](x, c, keep.down0)                 # (B, T/4, w2)
         x = self._stage(1, x, c)                                            # (B, T/4, w2)
         x = self.down_blocks[1](x, c, keep.down1)                           # (B, T/16, w3)
@@ -261,7 +261,7 @@ class EDT(DiffusionTransformer):
 
     def attention_blocks(self) -> list[Attention]:
         """The attention module of every block, by block number."""
-        return [block.attn for block in self._blocks()]
+        return [module for module in self.modules() if isinstance(module, Attention)]
 
     def compilable_modules(self) -> list[nn.Module]:
         """The transformer blocks."""
@@ -285,7 +285,7 @@ class EDT(DiffusionTransformer):
             cfg_scale: guidance scale that "auto" follows.
 
         Returns:
-            The blocks that are modulated now.
+            the blocks that are modulated now.
 
         Raises:
             UserError: a block does not exist, or "auto" has no known placement.
@@ -299,22 +299,8 @@ class EDT(DiffusionTransformer):
         self.modulations = modulate_attention(self.attention_blocks(), blocks or (), form, radius)
         return tuple(modulation.block for modulation in self.modulations)
 
-    @property
-    def _first_mask(self) -> int:
-        """How many blocks of stage 1 come before any mask."""
-        block = self.config.mid_mask_block
-        return self.config.depths[0] if block is None else block
-
-    def _blocks(self) -> list[Block]:
-        return [block for block in self.blocks if isinstance(block, Block)]
-
     def _stage(
-        self,
-        stage: int,
-        x: torch.Tensor,
-        c: torch.Tensor,
-        start: int = 0,
-        stop: int | None = None,
+        self, stage: int, x: torch.Tensor, c: torch.Tensor, start: int = 0, stop: int | None = None
     ) -> torch.Tensor:
         """Run blocks ``start`` to ``stop`` of a stage."""
         first = sum(self.config.depths[:stage])
@@ -339,33 +325,30 @@ class EDT(DiffusionTransformer):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         # Patch embedding: the convolution as the linear layer that it is.
-        patch = self.x_embedder.proj
-        nn.init.xavier_uniform_(patch.weight.view(len(patch.weight), -1))
-        assert patch.bias is not None
-        nn.init.zeros_(patch.bias)
-        # Label table and timestep MLP: normal with standard deviation 0.02.
+        weight, bias = self.x_embedder.proj.parameters()
+        nn.init.xavier_uniform_(weight.view(len(weight), -1))
+        nn.init.zeros_(bias)
+        # Label table and weights of the timestep MLP: normal with standard deviation 0.02.
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in self.t_embedder.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
+        for name, parameter in self.t_embedder.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
         # Position biases: truncated normal with standard deviation 0.02.
-        for attention in self.attention_blocks():
-            assert isinstance(attention.rel_pos_bias, RelativePositionBias)
-            table = attention.rel_pos_bias.relative_position_bias_table
-            nn.init.trunc_normal_(table, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith("relative_position_bias_table"):
+                nn.init.trunc_normal_(parameter, std=0.02)
         # adaLN-Zero: every block begins as the identity, and the output begins at zero. The AdaLN
         # of down-sampling and long skips is not zeroed, as in the release.
-        zeroed: list[nn.Module] = [block.adaLN_modulation for block in self._blocks()]
-        zeroed += [self.final_layer.adaLN_modulation, self.final_layer.linear]
-        for module in zeroed:
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
+        zeroed: list[nn.Module] = [self.final_layer.adaLN_modulation, self.final_layer.linear]
+        zeroed += [module.adaLN_modulation for module in self.blocks if isinstance(module, Block)]
+        for parameter in itertools.chain(*(module.parameters() for module in zeroed)):
+            nn.init.zeros_(parameter)
 
 
 # ---------------------------------------------------------------------------------------------
-# Sizes. Parameters and multiply-accumulates (the paper's "GFLOPs") at 256 pixels are pinned by
-# tests/test_models.py. Published: S 38.32 M, 2.66 G; B 152.2 M, 10.20 G; XL 708.44 M, 51.83 G. The
-# released XL layout does not have the published XL totals; the layout "-paper" does.
+# Sizes. Published parameters and multiply-accumulates (the paper's "GFLOPs") at 256 pixels:
+# S 38.32 M, 2.66 G; B 152.2 M, 10.20 G; XL 708.44 M, 51.83 G. The released XL layout does not have
+# the published XL totals; the layout "-paper" does. tests/test_models.py pins all of them.
 
 _SMALL_AMM = Placement(low_cfg=(7, 10), high_cfg=(8,), at_512=(10,))
 _XL_AMM = Placement(low_cfg=(23, 25), high_cfg=(24,))
@@ -402,12 +385,12 @@ def _create(
 def _preset_of_layout(num_heads: tuple[int, ...], depths: tuple[int, ...]) -> dict[str, Any]:
     """What the tensors do not show, from the preset of the same size: mid_mask_block and amm."""
     same_size = [preset for preset in PRESETS.values() if preset["num_heads"] == num_heads]
-    same_layout = [preset for preset in same_size if preset["depths"] == depths]
-    nearest = (same_layout + same_size)[:1]
-    mid_mask_block = nearest[0].get("mid_mask_block") if nearest else None
-    if mid_mask_block is not None and mid_mask_block >= depths[0]:
-        mid_mask_block = None
-    return {"mid_mask_block": mid_mask_block, "amm": same_layout[0]["amm"] if same_layout else None}
+    for preset in same_size:
+        if preset["depths"] == depths:
+            return {"mid_mask_block": preset.get("mid_mask_block"), "amm": preset["amm"]}
+    mid_mask_block = same_size[0].get("mid_mask_block") if same_size else None
+    is_in_stage_1 = mid_mask_block is not None and mid_mask_block < depths[0]
+    return {"mid_mask_block": mid_mask_block if is_in_stage_1 else None, "amm": None}
 
 
 EDT_models = {name: functools.partial(_create, preset) for name, preset in PRESETS.items()}

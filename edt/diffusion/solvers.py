@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from edt.diffusion.samplers import DDIMSampler, DDPMSampler, NoiseAt, Sampler
-from edt.utils.choices import check_choice
+from edt.utils.choices import unknown_choice
 from edt.utils.errors import UserError
 
 MAX_FEW_STEPS = 999  # with more, the spacing of FewStepSampler visits a timestep twice
@@ -101,5 +101,6 @@ def create_sampler(solver: Solver, steps: str | int) -> Sampler:
     Raises:
         UserError: unknown solver, or it cannot take these steps.
     """
-    check_choice("solver", solver, Solver)
+    if solver not in SOLVERS:
+        raise unknown_choice("solver", solver, Solver)
     return SOLVERS[solver](steps)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from edt.nn.precision import no_autocast
-from edt.utils.choices import check_choice
+from edt.utils.choices import unknown_choice
 
 AttentionBackend = Literal["auto", "reference", "triton"]
 
@@ -46,7 +46,8 @@ def attention(
     Raises:
         UserError: the backend is unknown, or it cannot compute these inputs on this device.
     """
-    check_choice("attention backend", backend, AttentionBackend)
+    if backend not in ATTENTION_BACKENDS:
+        raise unknown_choice("attention backend", backend, AttentionBackend)
     if backend == "auto":
         is_16_bit = qkv.dtype in (torch.bfloat16, torch.float16)
         has_shared_bias = bias is None or bias.ndim <= 3

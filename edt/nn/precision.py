@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from edt.utils.choices import check_choice
+from edt.utils.choices import unknown_choice
 
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: dict[Precision, str] = {
@@ -22,7 +22,8 @@ def set_matmul_precision(precision: Precision) -> None:
     Args:
         precision: "tf32" allows it, the others forbid it.
     """
-    check_choice("precision", precision, Precision)
+    if precision not in PRECISIONS:
+        raise unknown_choice("precision", precision, Precision)
     allowed = precision == "tf32"
     # torch.backends.*.fp32_precision is newer, but parts of torch still read these older flags and
     # raise an error if only the newer ones are set.
@@ -35,7 +36,8 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
 
     Training and sampling both enter it around the network, and nowhere else.
     """
-    check_choice("precision", precision, Precision)
+    if precision not in PRECISIONS:
+        raise unknown_choice("precision", precision, Precision)
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

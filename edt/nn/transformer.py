@@ -20,12 +20,16 @@ class DiffusionTransformer(nn.Module):
         config: frozen dataclass that fixes the network. It has at least input_size (side of the
             square latent), in_channels (of the latent), num_classes (0: unconditional) and
             image_size (pixels of the images, None where unknown).
+        in_channels: channels of the latent; the output has twice as many.
+        num_classes: classes besides the null class, whose label is this number.
         modulations: the AMM in use (edt.amm.Modulation), as :meth:`set_amm` left it.
         passes_fit_one_batch: whether the full and the masked pass have equal token counts before
             the first mask, so that both go through the network as one batch.
     """
 
     config: Any
+    in_channels: int
+    num_classes: int
     modulations: tuple[Any, ...]
     passes_fit_one_batch: ClassVar[bool]
 
@@ -60,21 +64,6 @@ class DiffusionTransformer(nn.Module):
     ) -> tuple[int, ...]:
         """Switch the Attention Modulation Matrix on for some blocks, or off; see ``EDT.set_amm``."""
         raise NotImplementedError
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the latent; the output has twice as many."""
-        return self.config.in_channels
-
-    @property
-    def num_classes(self) -> int:
-        """Classes besides the null class, whose label is this number."""
-        return self.config.num_classes
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
 
     def set_attention(self, backend: AttentionBackend) -> None:
         """Choose how attention is computed, see :data:`edt.nn.attention.ATTENTION_BACKENDS`."""

@@ -55,7 +55,8 @@ def generate(
     if labels is None:
         labels = config.labels_of(indices, model.num_classes)
     check_classes(labels.tolist(), model.num_classes)
-    stream = _decoder_stream(model.device) if model.device.type == "cuda" else None
+    device = next(model.parameters()).device
+    stream = _decoder_stream(device) if device.type == "cuda" else None
     decoding: _Decoding | None = None
     for start in range(0, len(indices), batch_size):
         rows = slice(start, start + batch_size)
@@ -89,15 +90,15 @@ def sample_latents(
         labels: their labels, (n,) int64.
         progress: show a bar over the denoising steps.
     """
-    side = model.config.input_size
-    noise = ImageNoise(config.seed, indices, (model.in_channels, side, side), model.device)
+    side, device = model.config.input_size, next(model.parameters()).device
+    noise = ImageNoise(config.seed, indices, (model.in_channels, side, side), device)
     sampler = create_sampler(config.solver, config.num_sampling_steps)
     model_kwargs = {
-        "y": labels.to(model.device),
+        "y": labels.to(device),
         "channels": config.guided_channels(model.in_channels),
     }
     set_matmul_precision(config.precision)
-    with autocast(model.device, config.precision):
+    with autocast(device, config.precision):
         return sampler.sample(
             model.forward_with_cfg,
             noise(0),

@@ -26,8 +26,13 @@ def check_choice(name: str, value: object, literal: Any) -> None:
         UserError: the value is not one of the type's.
     """
     if value not in get_args(literal):
-        known = ", ".join(map(str, get_args(literal)))
-        raise UserError(f"unknown {name} {value!r}; choose one of {known}")
+        raise unknown_choice(name, value, literal)
+
+
+def unknown_choice(name: str, value: object, literal: Any) -> UserError:
+    """The error for a value that is not one of a ``Literal`` type's."""
+    known = ", ".join(map(str, get_args(literal)))
+    return UserError(f"unknown {name} {value!r}; choose one of {known}")
 
 
 def check_fields(config: object) -> None:
