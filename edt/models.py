@@ -160,8 +160,8 @@ class EDTConfig:
 class EDT(DiffusionTransformer):
     """Efficient Diffusion Transformer: predicts noise and variance range of a noised latent.
 
-    In the comments, c is the condition (timestep plus label embedding), D its width, w1 to w3 are
-    the stages' widths and T is the number of stage-1 tokens.
+    In the comments, c is the condition (timestep plus label embedding) and D its width, w1 to w3
+    are the stages' widths, T is the number of stage-1 tokens.
 
     Attributes:
         modulations: the AMM in use, as :meth:`set_amm` left it.
@@ -223,9 +223,8 @@ class EDT(DiffusionTransformer):
         keep = masks or TokenMasks(None, None)
         if y is None:
             y = torch.full_like(t, self.num_classes, dtype=torch.long)
-        first_mask = self.config.mid_mask_block  # blocks of stage 1 that come before any mask
-        if first_mask is None:
-            first_mask = self.config.depths[0]
+        mid_block = self.config.mid_mask_block
+        first_mask = self.config.depths[0] if mid_block is None else mid_block  # block of stage 1
         # fmt: off
         c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
         x = embedded = self.x_embedder(x) + self.pos_embed                  # (B, T, w1)
@@ -394,7 +393,7 @@ def _preset_of_layout(num_heads: tuple[int, ...], depths: tuple[int, ...]) -> di
 
 
 EDT_models = {name: functools.partial(_create, preset) for name, preset in PRESETS.items()}
-# The release calls a network that is never modulated a model of its own. Its tensors are the same.
+# The release names a network that is never modulated separately. Its tensors are the same.
 EDT_models |= {
     f"{name}_noAMM": functools.partial(_create, {**preset, "amm": None})
     for name, preset in PRESETS.items()
