@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 8 extract_features.py --data-path imagenet/train
 
-The command can be repeated: it writes what is missing or damaged.
+The command can be repeated. It then writes only the files that are missing or damaged.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from edt.utils.distributed import get_distributed_env
 
 
 def parser() -> argparse.ArgumentParser:
-    """The script's arguments. Those of :class:`ExtractionConfig` have its names and defaults."""
+    """The script's arguments."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,6 +41,24 @@ def parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     p.add_argument(
+        "--batch-size",
+        type=COUNT,
+        default=32,
+        help="images per process and call of the VAE (default: %(default)s)",
+    )
+    p.add_argument(
+        "--num-workers",
+        type=COUNT_OR_ZERO,
+        default=4,
+        help="processes that decode images, per process (default: %(default)s)",
+    )
+    add_config_arguments(p)
+    return p
+
+
+def add_config_arguments(p: argparse.ArgumentParser) -> None:
+    """Add the fields of :class:`ExtractionConfig`, under their names and with their defaults."""
+    p.add_argument(
         "--image-size", type=COUNT, help="side of the images in pixels (default: %(default)s)"
     )
     p.add_argument(
@@ -52,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--flip",
         action=argparse.BooleanOptionalAction,
-        help="mirror half of the images (default: yes)",
+        help="mirror half of the images (default: %(default)s)",
     )
     p.add_argument(
         "--layout",
@@ -72,20 +90,7 @@ def parser() -> argparse.ArgumentParser:
         dest="seed",
         help="of flips and posterior samples (default: %(default)s)",
     )
-    p.add_argument(
-        "--batch-size",
-        type=COUNT,
-        default=32,
-        help="images per process and call of the VAE (default: %(default)s)",
-    )
-    p.add_argument(
-        "--num-workers",
-        type=COUNT_OR_ZERO,
-        default=4,
-        help="processes that decode images, per process (default: %(default)s)",
-    )
     p.set_defaults(**dataclasses.asdict(ExtractionConfig()))
-    return p
 
 
 @exit_on_user_error
@@ -96,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     images = CroppedImages(args.data_path, config.image_size)
     env = get_distributed_env()
     vae = load_vae(args.vae, env.device)
-    # EDT takes fewer sizes than the VAE. Refuse here what training would refuse hours later.
+    # EDT takes fewer sizes than the VAE. Such a size is refused now rather than by training, hours
+    # later.
     EDTConfig(input_size=latent_shape(vae, config.image_size)[-1])
     extraction = Extraction(
         images, vae, args.vae, args.features_path, config, env.rank, env.world_size

@@ -47,10 +47,10 @@ def epoch_order(seed: int, epoch: int, count: int) -> torch.Tensor:
 
 
 class BatchIndices:
-    """What each step reads, from ``first_step`` on, without end.
+    """The images that each step reads, from ``first_step`` on, without end.
 
-    Iterating yields (indices (b,) int64, flips (b,) int64) for the b rows of this process, as
-    :meth:`edt.data.features.Features.__getitem__` takes them.
+    Iterating yields (indices (b,) int64, flips (b,) int64) for the b rows of this process. They are
+    the argument of :meth:`edt.data.features.Features.__getitem__`.
 
     Args:
         count: number of images.
@@ -100,8 +100,8 @@ def read_batches(
     Close the generator when done (``contextlib.closing``): this ends the worker processes.
 
     Args:
-        features: what is read.
-        indices: which images each step reads.
+        features: the open features.
+        indices: the images that each step reads.
         num_workers: processes that read ahead; 0 reads in this process.
         pin_memory: put the batches into page-locked memory, so that copies to a GPU can overlap
             with computation.
@@ -124,7 +124,8 @@ def read_loader(loader: DataLoader) -> Generator[Any, None, None]:
     """Iterate over a ``DataLoader``, whose workers end with the generator.
 
     Raises:
-        UserError: the dataset raised it, here or in a worker; the message is the dataset's.
+        UserError: the dataset raised it, in this process or in a worker. The message is that of the
+            dataset, without a traceback.
     """
     iterator = iter(loader)
     try:

@@ -2,8 +2,8 @@
 
 Every stored value is a function of the image's index and of the settings, so any number of
 processes and any batch size write the same files, up to the rounding of the VAE's sums. Processes
-need not talk: a shard belongs to one process, and the process that writes the last shard writes
-the manifest. A second run writes what is missing. Layouts and draws are described in
+exchange nothing: every shard belongs to one process, and the process that finishes last writes the
+manifest. A second run writes the missing shards. Layouts and draws are described in
 :mod:`edt.data.features`.
 """
 
@@ -47,7 +47,7 @@ from edt.utils.randomness import integers, normal
 
 @dataclasses.dataclass(frozen=True)
 class ExtractionConfig:
-    """What the features depend on, apart from the images and the VAE.
+    """The settings of an extraction, apart from the images and the VAE.
 
     Raises:
         UserError: a field is not one of its choices or out of range, or two cannot be combined.
@@ -120,7 +120,7 @@ class Extraction:
         vae: their encoder.
         vae_name: the VAE's name as the user gave it; recorded in the manifest.
         path: folder of the features.
-        config: what is stored, and how.
+        config: the settings.
         rank: number of this process among those that share the work, from 0.
         world_size: number of these processes.
 
@@ -145,7 +145,7 @@ class Extraction:
     ):
         self.images, self.vae, self.path, self.config = images, vae, Path(path), config
         self.latent_shape = latent_shape(vae, config.image_size)
-        self.shape: tuple[int, ...] = self.latent_shape  # of what is stored per image
+        self.shape: tuple[int, ...] = self.latent_shape  # of one image's stored values
         self.dtype, flips = "float32", "once"
         if config.draw == "fresh":
             # Two moments of two orientations are four times as many values; float16 halves them.
@@ -271,17 +271,17 @@ class Extraction:
         num_workers: int,
         device: torch.device | str,
     ) -> Generator[np.ndarray, None, None]:
-        """What is stored for the images of some shards, (b, *shape), batch by batch."""
+        """The stored values of the images of these shards, (b, *shape), batch by batch."""
         indices = [index for shard in shards for index in self.shards[shard]]
         loader = DataLoader(Subset(self.images, indices), batch_size, num_workers=num_workers)
         with contextlib.closing(read_loader(loader)) as batches:
             for batch_indices, pixels in batches:
-                yield self._encode(batch_indices, pixels, device)
+                yield self._stored_values(batch_indices, pixels, device)
 
-    def _encode(
+    def _stored_values(
         self, indices: torch.Tensor, pixels: torch.Tensor, device: torch.device | str
     ) -> np.ndarray:
-        """What is stored for the images (b, 3, S, S) of these indices: (b, *shape)."""
+        """Encode images (b, 3, S, S) to their stored values (b, *shape)."""
         seed, config = self.config.seed, self.config
         if config.draw == "fresh":
             orientations = [pixels, pixels.flip(-1)] if config.flip else [pixels]

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureInfo:
-    """What a checkpoint records about the features it was trained on. None: unknown."""
+    """A checkpoint's record of the features that it was trained on. None means unknown."""
 
     count: int | None = None
     """Number of images."""
@@ -107,7 +107,7 @@ class Features(torch.utils.data.Dataset[Batch]):
     def validate_against(
         self, image_size: int | None = None, vae: str | None = None, num_classes: int | None = None
     ) -> None:
-        """Compare the features with what the user expects, and fix the number of classes.
+        """Compare the features with the user's expectations, and fix the number of classes.
 
         Args:
             image_size: side of the images in pixels; None expects nothing.
@@ -144,7 +144,7 @@ class Features(torch.utils.data.Dataset[Batch]):
         self.num_classes = num_classes
 
     def info(self) -> FeatureInfo:
-        """What a checkpoint records about these features."""
+        """The record of these features, for checkpoints."""
         manifest = self.manifest
         vae = manifest.get("vae", {})
         return FeatureInfo(
@@ -178,7 +178,7 @@ class Features(torch.utils.data.Dataset[Batch]):
         return Batch(torch.from_numpy(stored), torch.from_numpy(self.labels[indices]))
 
     def _read(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
-        """What is stored for the images: (b, C, H, W) or (b, 2C, H, W) float32."""
+        """The stored latents (b, C, H, W) or moments (b, 2C, H, W) of the images, float32."""
         raise NotImplementedError
 
 
@@ -230,7 +230,7 @@ class PackedFeatures(Features):
         except (OSError, ValueError, EOFError):
             raise UserError(
                 f"cannot read {file}; it is missing or cut short: "
-                "delete what is left of it and run extract_features.py again"
+                "delete it, if it exists, and run extract_features.py again"
             ) from None
         if array.shape != shape or array.dtype != dtype:
             raise UserError(

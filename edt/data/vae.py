@@ -10,12 +10,12 @@ import torch
 from edt.utils.errors import UserError
 
 # Images decoded at once. The decoder's last layers hold 34 MB per tensor and image of 256 pixels
-# (128 channels, fp32), so 32 images fill a GPU; a whole sampling batch could exceed its memory.
+# (128 channels, fp32), so 32 images fill a GPU; a full sampling batch could exceed its memory.
 DECODE_BATCH = 32
 
 
 class VAE(Protocol):
-    """What extraction and sampling need of a VAE.
+    """The interface of a VAE: images to latents and back.
 
     Attributes:
         channels: C, channels of a latent.
@@ -129,7 +129,7 @@ def load_vae(
     """Load a VAE.
 
     Args:
-        name: "pixels" for no VAE, or what :func:`vae_source` takes: "ema", "mse", a folder with an
+        name: "pixels" for no VAE; or "ema", "mse" (see :func:`vae_source`), a folder with an
             ``AutoencoderKL``, or a hub id.
         device: where the VAE computes.
         dtype: precision of its arithmetic; inputs and outputs are float32 in any case.

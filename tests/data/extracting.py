@@ -21,7 +21,7 @@ def extract(images: Path, folder: Path, *more: object, vae: object = "pixels") -
 
 
 def read_all(folder: Path, flip: int = 0) -> tuple[Features, torch.Tensor, torch.Tensor]:
-    """The open features, what they store for every image in one orientation, and the labels."""
+    """The open features, the stored values of every image in one orientation, and the labels."""
     features = open_features(folder)
     batch = features[np.arange(len(features)), np.full(len(features), flip)]
     return features, batch.stored, batch.labels

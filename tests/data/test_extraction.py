@@ -83,13 +83,15 @@ def test_features_are_the_images_or_their_mirror_images(image_folder, tmp_path):
     extract(image_folder, tmp_path)
     _, latents, labels = read_all(tmp_path)
     files, images = sorted_images(image_folder)
-    mirrored = 0
-    for latent, label, file, image in zip(latents, labels, files, images, strict=True):
+    mirrored = []
+    for i, (latent, image) in enumerate(zip(latents, images, strict=True)):
         if not torch.equal(latent, image):
             assert torch.equal(latent, image.flip(-1))
-            mirrored += 1
-        assert ("ant", "bee", "cat")[label] == file.parent.name
-    assert 10 <= mirrored <= 30
+            mirrored.append(i)
+    # An extraction that an earlier version began is continued with the same flips.
+    assert mirrored == [0, 3, 4, 7, 8, 12, 17, 19, 20, 21, 23, 25, 35, 37, 39]
+    names = [("ant", "bee", "cat")[label] for label in labels]
+    assert names == [file.parent.name for file in files]
 
 
 def test_the_manifest_says_how_features_were_made(image_folder, tmp_path):
@@ -135,7 +137,7 @@ def test_an_extraction_of_an_earlier_version_is_continued(image_folder, tmp_path
     extract(image_folder, tmp_path / "begun", "--shard-size", 16)
     assert shard.stat().st_mtime_ns == written
     begun, whole = data_files(tmp_path / "begun"), data_files(tmp_path / "whole")
-    del begun["extraction.json"], whole["extraction.json"]  # the former has no line breaks
+    del begun["extraction.json"], whole["extraction.json"]  # they differ in line breaks
     assert begun == whole
 
 
@@ -204,7 +206,7 @@ def test_two_processes_of_another_batch_size_and_a_kill_make_the_same_files(
     assert survivors
     done = run_script(*command)
     assert done.returncode == 0, done.stderr
-    for path, written in survivors.items():  # only what was missing is written
+    for path, written in survivors.items():  # only missing shards are written
         assert path.stat().st_mtime_ns == written
     _, expected, labels = read_all(tmp_path / "whole")
     _, found, same_labels = read_all(tmp_path / "parts")

@@ -112,7 +112,7 @@ def test_without_classes_every_label_is_zero(features):
     assert not opened.labels.any()
 
 
-# What checkpoints record, in this order, since the first of them.
+# The record in checkpoints. Its keys and their order never changed.
 INFO = {
     "count": 40,
     "image_size": 16,
