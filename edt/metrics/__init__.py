@@ -9,17 +9,23 @@ The pure functions take arrays: :func:`frechet_distance`, :func:`inception_score
 
 and, while training goes on, from images in memory::
 
-    reference = measure(open_source("reference.npz"), extractor)                     # once
-    scores = compare(reference, measure(open_source(images), extractor), extractor)  # every k steps
+    reference = compute_statistics(open_source("reference.npz"), extractor)                     # once
+    scores = compare(reference, compute_statistics(open_source(images), extractor), extractor)  # every k steps
 """
 
 from edt.metrics.evaluate import SCORE_LINES, check_comparable, compare, evaluate
 from edt.metrics.extractors import create_extractor
 from edt.metrics.features import FeatureExtractor, PixelFeatures
 from edt.metrics.frechet import Moments, StreamingMoments, frechet_distance
-from edt.metrics.neighbours import precision_recall
-from edt.metrics.scores import inception_score, inception_score_splits, kernel_distance
-from edt.metrics.statistics import Source, Statistics, make_reference, measure, open_source
+from edt.metrics.inception_score import inception_score, inception_score_splits, kernel_distance
+from edt.metrics.precision_recall import precision_recall
+from edt.metrics.statistics import (
+    Source,
+    Statistics,
+    compute_statistics,
+    make_reference,
+    open_source,
+)
 
 __all__ = [
     "SCORE_LINES",
@@ -38,7 +44,7 @@ __all__ = [
     "inception_score_splits",
     "kernel_distance",
     "make_reference",
-    "measure",
+    "compute_statistics",
     "open_source",
     "precision_recall",
 ]

@@ -8,9 +8,9 @@ import numpy as np
 from edt.metrics.features import FeatureExtractor
 from edt.metrics.frechet import frechet_distance
 from edt.metrics.images import ImageSet
-from edt.metrics.neighbours import Mode, precision_recall
-from edt.metrics.scores import inception_score, kernel_distance
-from edt.metrics.statistics import Source, Statistics, measure
+from edt.metrics.inception_score import inception_score, kernel_distance
+from edt.metrics.precision_recall import Mode, precision_recall
+from edt.metrics.statistics import Source, Statistics, compute_statistics
 from edt.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def evaluate(
 
     Args:
         pr: arithmetic of precision and recall, by default the extractor's.
-        batch_size, cache_dir, progress: see :func:`measure`.
+        batch_size, cache_dir, progress: see :func:`compute_statistics`.
 
     Returns:
         The scores, then ``features``, ``precision_recall``, ``reference`` and ``samples``; in types
@@ -61,7 +61,7 @@ def evaluate(
         _warn_about(samples.images)
     sides = {"reference": reference, "samples": samples}
     measured = {
-        key: measure(side, extractor, batch_size, cache_dir, progress)
+        key: compute_statistics(side, extractor, batch_size, cache_dir, progress)
         for key, side in sides.items()
     }
     described = {key: _describe(side, measured[key]) for key, side in sides.items()}

@@ -5,7 +5,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from edt.metrics.neighbours import Mode
+from edt.metrics.precision_recall import Mode
 from edt.utils.errors import UserError
 
 

@@ -21,7 +21,7 @@ from edt.metrics.inception_graph import (
     Unit,
 )
 from edt.metrics.inception_weights import InceptionWeights
-from edt.metrics.neighbours import Mode
+from edt.metrics.precision_recall import Mode
 
 SIDE = 299  # pixels that the network sees
 

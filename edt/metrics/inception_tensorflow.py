@@ -9,7 +9,7 @@ import torch
 
 from edt.metrics.inception_graph import FEATURES, SPATIAL_CHANNELS
 from edt.metrics.inception_weights import load_weights
-from edt.metrics.neighbours import Mode
+from edt.metrics.precision_recall import Mode
 from edt.utils.errors import UserError
 
 

@@ -128,7 +128,7 @@ def _read_recipe(path: Path) -> dict | None:
         raise UserError(f"{path} is not JSON ({error}); mend or remove it") from None
 
 
-def measure(
+def compute_statistics(
     source: Source,
     extractor: FeatureExtractor,
     batch_size: int = 64,
@@ -158,7 +158,7 @@ def measure(
         measured = read_statistics(cached)
     else:
         batches = source.images.batches(batch_size)
-        measured = _measure_batches(batches, source.images, extractor, progress, keep_features=True)
+        measured = _compute_batches(batches, source.images, extractor, progress, keep_features=True)
         if cached:
             write_statistics(cached, measured)
     if source.statistics:
@@ -196,11 +196,11 @@ def make_reference(
             start += len(batch)
             yield batch
 
-    statistics = _measure_batches(batches(), images, extractor, progress, keep_features=False)
+    statistics = _compute_batches(batches(), images, extractor, progress, keep_features=False)
     write_statistics(path, statistics, arr_0=np.concatenate(kept))
 
 
-def _measure_batches(
+def _compute_batches(
     batches: Iterable[np.ndarray],
     images: ImageSet,
     extractor: FeatureExtractor,

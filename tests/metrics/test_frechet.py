@@ -1,5 +1,6 @@
 """The pure functions of edt.metrics against ADM's golden values and closed forms."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from edt.metrics import (
 )
 from edt.utils.errors import UserError
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "evaluator.json").read_text())
+# The package exports the function under the name of its module.
+MODULE = importlib.import_module("edt.metrics.precision_recall")
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "evaluator.json").read_text())
 
 
 def draw(seed: int, n: int, scale: float, shift: float) -> np.ndarray:
@@ -170,8 +173,8 @@ def test_exact_precision_recall_is_that_of_all_distances(reference, samples):
 @pytest.mark.parametrize("mode", ["adm", "exact"])
 def test_blocks_do_not_change_precision_and_recall(reference, samples, mode, monkeypatch):
     whole = precision_recall(reference[:300], samples[:200], mode=mode)
-    monkeypatch.setattr("edt.metrics.neighbours.BLOCK_ROWS", 90)
-    monkeypatch.setattr("edt.metrics.neighbours.CHUNK_ROWS", 40)
+    monkeypatch.setattr(MODULE, "BLOCK_ROWS", 90)
+    monkeypatch.setattr(MODULE, "CHUNK_ROWS", 40)
     assert precision_recall(reference[:300], samples[:200], mode=mode) == whole
 
 
@@ -179,7 +182,7 @@ def test_half_precision_falls_back_block_by_block(monkeypatch):
     """Distances around 900 overflow and are exact; those around 30 stay in half precision, where
     0.2 rounds to 0.
     """
-    monkeypatch.setattr("edt.metrics.neighbours.BLOCK_ROWS", 4)
+    monkeypatch.setattr(MODULE, "BLOCK_ROWS", 4)
     steps = np.arange(4, dtype=np.float32)[:, None] * np.float32([1, 0])
     reference = np.concatenate([30 + 0.001 * steps, 900 + steps])
     samples = np.concatenate(

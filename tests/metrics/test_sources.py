@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edt.metrics import PixelFeatures, measure, open_source
+from edt.metrics import PixelFeatures, compute_statistics, open_source
 from edt.metrics.statistics import read_statistics, write_statistics
 from edt.utils.errors import UserError
 
@@ -158,9 +158,9 @@ def test_broken_and_odd_sized_pictures_are_named(tmp_path):
 
 
 def test_measured_statistics_survive_a_file(tmp_path):
-    measured = measure(open_source(IMAGES), PixelFeatures(), batch_size=6)
+    measured = compute_statistics(open_source(IMAGES), PixelFeatures(), batch_size=6)
     write_statistics(tmp_path / "s.npz", measured)
-    opened = measure(open_source(tmp_path / "s.npz", "pixels"), PixelFeatures())
+    opened = compute_statistics(open_source(tmp_path / "s.npz", "pixels"), PixelFeatures())
     flat = IMAGES.reshape(20, -1) / 255
     for statistics in (measured, opened):
         np.testing.assert_allclose(statistics.moments.mean, flat.mean(0), rtol=1e-6)
@@ -179,7 +179,7 @@ def test_moments_in_a_file_win_over_those_of_its_images(tmp_path):
     """
     mean, covariance = np.zeros(192), np.eye(192)
     np.savez(tmp_path / "ref.npz", arr_0=IMAGES, mu=mean, sigma=covariance, feature_name="pixels")
-    measured = measure(open_source(tmp_path / "ref.npz", "pixels"), PixelFeatures())
+    measured = compute_statistics(open_source(tmp_path / "ref.npz", "pixels"), PixelFeatures())
     np.testing.assert_array_equal(measured.moments.covariance, covariance)
     assert len(measured.features) == 20
 
@@ -210,13 +210,17 @@ class CountingPixels(PixelFeatures):
 def test_cache_is_keyed_by_content(tmp_path):
     extractor, cache = CountingPixels(), tmp_path / "cache"
     np.savez(tmp_path / "a.npz", IMAGES)
-    first = measure(open_source(tmp_path / "a.npz", "pixels"), extractor, cache_dir=cache)
+    first = compute_statistics(
+        open_source(tmp_path / "a.npz", "pixels"), extractor, cache_dir=cache
+    )
     (tmp_path / "a.npz").rename(tmp_path / "b.npz")
-    second = measure(open_source(tmp_path / "b.npz", "pixels"), extractor, cache_dir=cache)
+    second = compute_statistics(
+        open_source(tmp_path / "b.npz", "pixels"), extractor, cache_dir=cache
+    )
     assert extractor.calls == 1
     np.testing.assert_array_equal(first.features, second.features)
     np.savez(tmp_path / "b.npz", 255 - IMAGES)
-    measure(open_source(tmp_path / "b.npz", "pixels"), extractor, cache_dir=cache)
+    compute_statistics(open_source(tmp_path / "b.npz", "pixels"), extractor, cache_dir=cache)
     assert extractor.calls == 2
     assert all(read_statistics(path).count == 20 for path in cache.iterdir())
 
@@ -228,11 +232,13 @@ def test_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "savez", fail)
     with pytest.raises(OSError):
-        write_statistics(tmp_path / "s.npz", measure(open_source(IMAGES), PixelFeatures()))
+        write_statistics(
+            tmp_path / "s.npz", compute_statistics(open_source(IMAGES), PixelFeatures())
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_pixel_features_refuse_large_images():
     large = np.random.default_rng(1).integers(0, 256, (2, 128, 128, 3), dtype=np.uint8)
     with pytest.raises(UserError, match="64x64"):
-        measure(open_source(large), PixelFeatures())
+        compute_statistics(open_source(large), PixelFeatures())

@@ -171,7 +171,7 @@ def test_backends_agree(folder, tmp_path, capsys):
 @pytest.mark.slow
 def test_half_precision_distances_are_those_of_tensorflow():
     tf = pytest.importorskip("tensorflow")
-    from edt.metrics.neighbours import _half_distances
+    from edt.metrics.precision_recall import _half_distances
 
     r = np.random.default_rng(0)
     a, b = (np.abs(r.standard_normal((n, 2048), dtype=np.float32)) for n in (300, 200))

@@ -10,7 +10,7 @@ import pytest
 
 from evaluator import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def random_images(seed: int, count: int = 40, side: int = 8, high: int = 256) -> np.ndarray:
