@@ -41,7 +41,7 @@ bench: install
 
 # OpenAI's published line for its own samples; EDT_ADM_FILES names the folder of the files (docs/evaluation.md).
 check-adm: install
-	$(BIN)/python -m pytest tests/test_evaluator_published.py -rs
+	$(BIN)/python -m pytest tests/metrics/test_evaluator_published.py -rs
 
 clean:
 	rm -rf runs/demo

@@ -1,9 +1,9 @@
-"""A GraphDef like ``classify_image_graph_def.pb``, node for node, with random weights; made without
-TensorFlow.
+"""A GraphDef like ``classify_image_graph_def.pb``, node for node, with random weights.
 
-The nodes are written out here, and not derived from the table of ``edt.metrics``, so that each
-checks the other. The size of the result is that of the published file, which counts every name and
-attribute."""
+It is made without TensorFlow. The nodes are written out here and not derived from the table in
+``edt.metrics``, so that the two check one another. The result has the size of the published file,
+to which every name and attribute contributes.
+"""
 
 import struct
 from typing import Literal
@@ -117,17 +117,17 @@ MAX_POOLS = {  # name: input, stride, padding
     "mixed_10/tower_2/pool": ("mixed_9/join", 1, "SAME"),
 }
 AVERAGE_POOLS = [block for block in BLOCKS if block not in ("mixed_3", "mixed_8", "mixed_10")]
-WAYS_35 = "conv tower/conv_1 tower_1/conv_2 tower_2/conv"
-WAYS_17 = "conv tower/conv_2 tower_1/conv_4 tower_2/conv"
-WAYS_8 = (
+BRANCHES_35 = "conv tower/conv_1 tower_1/conv_2 tower_2/conv"
+BRANCHES_17 = "conv tower/conv_2 tower_1/conv_4 tower_2/conv"
+BRANCHES_8 = (
     "conv tower/mixed/conv tower/mixed/conv_1 tower_1/mixed/conv tower_1/mixed/conv_1 tower_2/conv"
 )
 JOINS = {
-    **dict.fromkeys(("mixed", "mixed_1", "mixed_2"), WAYS_35),
+    **dict.fromkeys(("mixed", "mixed_1", "mixed_2"), BRANCHES_35),
     "mixed_3": "conv tower/conv_2 pool",
-    **dict.fromkeys(("mixed_4", "mixed_5", "mixed_6", "mixed_7"), WAYS_17),
+    **dict.fromkeys(("mixed_4", "mixed_5", "mixed_6", "mixed_7"), BRANCHES_17),
     "mixed_8": "tower/conv_1 tower_1/conv_3 pool",
-    **dict.fromkeys(("mixed_9", "mixed_10"), WAYS_8),
+    **dict.fromkeys(("mixed_9", "mixed_10"), BRANCHES_8),
 }
 FLOAT, UINT8, INT32, STRING = 1, 4, 3, 7  # TensorFlow's data types
 Gamma = Literal["one", "ignored", "used"]  # random when ignored or used
@@ -367,12 +367,16 @@ def random_graph(
     epsilon: float = 0.001,
     last_pool: str = "MaxPool",
 ) -> bytes:
-    """The serialized graph; options other than ``gamma`` make one that must be refused.
+    """The serialized graph.
 
-    Producer 1 is the version of the published file's date; 9 and later cannot hold its batch norms.
+    Args:
+        seed: of the random weights.
+        gamma: whether the batch norms have other factors than one, and use them.
+        side, epsilon, last_pool: values other than the default make a graph that must be refused.
     """
     r = np.random.default_rng(seed)
     units = [unit(row, r, gamma, epsilon) for row in UNITS.strip().splitlines()]
-    return b"".join(
-        [input_path(side), *units, pools_and_joins(last_pool), head(r), text(4, number(1, 1))]
-    )
+    # Producer 1 is the version of the published file's date. TensorFlow refuses these batch norms
+    # from producer 9 on.
+    versions = text(4, number(1, 1))
+    return b"".join([input_path(side), *units, pools_and_joins(last_pool), head(r), versions])

@@ -1,29 +1,38 @@
-"""Scores of generated images, with the numbers of ADM's evaluator: FID, sFID, Inception Score,
-precision, recall; KID.
+"""Scores of generated images that reproduce the numbers of ADM's evaluator.
 
-The pure functions take arrays: :func:`frechet_distance`, :func:`inception_score`, :func:`kernel_distance`,
-:func:`precision_recall`, :class:`StreamingMoments`. The rest goes from files to scores::
+Each score is a function of arrays: :func:`frechet_distance` (FID and sFID),
+:func:`inception_score`, :func:`precision_recall` and :func:`kernel_distance` (KID).
+:class:`StreamingMoments` computes the mean and covariance that the first needs.
+
+From files to scores::
 
     extractor = create_extractor("inception")
     report = evaluate(open_source("reference.npz"), open_source("samples.npz"), extractor)
 
-and, while training goes on, from images in memory::
+From images in memory, for example during training::
 
-    reference = measure(open_source("reference.npz"), extractor)                     # once
-    scores = compare(reference, measure(open_source(images), extractor), extractor)  # every k steps
+    reference = compute_statistics(open_source("reference.npz"), extractor)  # once
+    samples = compute_statistics(open_source(images), extractor)  # images: uint8 (N, H, W, 3)
+    scores = compare(reference, samples, extractor)
 """
 
+from edt.metrics.computation import compute_statistics, make_reference
 from edt.metrics.evaluate import SCORE_LINES, check_comparable, compare, evaluate
 from edt.metrics.extractors import create_extractor
-from edt.metrics.features import FeatureExtractor, PixelFeatures
+from edt.metrics.features import Backend, FeatureExtractor, FeatureName, PixelFeatures
 from edt.metrics.frechet import Moments, StreamingMoments, frechet_distance
-from edt.metrics.neighbours import precision_recall
-from edt.metrics.scores import inception_score, inception_score_splits, kernel_distance
-from edt.metrics.statistics import Source, Statistics, make_reference, measure, open_source
+from edt.metrics.inception_score import inception_score, inception_score_splits
+from edt.metrics.kid import kernel_distance
+from edt.metrics.precision_recall import Mode, precision_recall
+from edt.metrics.sources import Source, open_source
+from edt.metrics.statistics import Statistics
 
 __all__ = [
     "SCORE_LINES",
+    "Backend",
     "FeatureExtractor",
+    "FeatureName",
+    "Mode",
     "Moments",
     "PixelFeatures",
     "Source",
@@ -31,6 +40,7 @@ __all__ = [
     "StreamingMoments",
     "check_comparable",
     "compare",
+    "compute_statistics",
     "create_extractor",
     "evaluate",
     "frechet_distance",
@@ -38,7 +48,6 @@ __all__ = [
     "inception_score_splits",
     "kernel_distance",
     "make_reference",
-    "measure",
     "open_source",
     "precision_recall",
 ]

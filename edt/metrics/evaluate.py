@@ -1,26 +1,31 @@
-"""The whole evaluation: two sets of images in, scores out."""
+"""From two image sets to their scores."""
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from edt.metrics.features import FeatureExtractor
+from edt.metrics.computation import compute_statistics
+from edt.metrics.features import FeatureExtractor, FeatureName
 from edt.metrics.frechet import frechet_distance
 from edt.metrics.images import ImageSet
-from edt.metrics.neighbours import Mode, precision_recall
-from edt.metrics.scores import inception_score, kernel_distance
-from edt.metrics.statistics import Source, Statistics, measure
+from edt.metrics.inception_score import inception_score
+from edt.metrics.kid import kernel_distance
+from edt.metrics.precision_recall import Mode, precision_recall
+from edt.metrics.sources import Source
+from edt.metrics.statistics import Statistics
+from edt.utils.choices import check_choice
 from edt.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 PUBLISHED_COUNT = 50_000  # number of samples behind published FID, sFID, IS, precision and recall
 SPLIT_SIZE = 5000  # consecutive images of one Inception Score, as in ADM
-NEIGHBOURS = 3  # k of precision and recall
+NEIGHBOURS = 3  # k of precision and recall, as in ADM
 
 # Printed name and key of each score, in ADM's order and spelling.
-SCORE_LINES = {
+SCORE_LINES: dict[FeatureName, tuple[tuple[str, str], ...]] = {
     "inception": (
         ("Inception Score", "inception_score"),
         ("FID", "fid"),
@@ -44,97 +49,140 @@ def evaluate(
     batch_size: int = 64,
     cache_dir: Path | None = None,
     progress: bool = False,
-) -> dict:
-    """Scores of ``samples`` against ``reference`` (see :func:`compare`), and all that is needed to
-    judge them.
+) -> dict[str, Any]:
+    """Scores of ``samples`` against ``reference``, and a record of how they were computed.
 
     Args:
-        pr: arithmetic of precision and recall, by default the extractor's.
-        batch_size, cache_dir, progress: see :func:`measure`.
+        reference: the images to resemble.
+        samples: the images to score.
+        extractor: computes the features.
+        pr: arithmetic of precision and recall. Default: the extractor's.
+        batch_size: images per call of the extractor.
+        cache_dir: folder that keeps features for the next evaluation of the same images.
+        progress: show a bar on stderr.
 
     Returns:
-        The scores, then ``features``, ``precision_recall``, ``reference`` and ``samples``; in types
-        that JSON knows.
+        The scores of :func:`compare`, then ``features``, ``precision_recall``, ``reference`` and
+        ``samples``. Everything can be written as JSON.
+
+    Raises:
+        UserError: the two cannot be compared.
     """
+    _check_pr(pr)  # before hours of computation
     check_comparable(reference, samples)
     if extractor.name == "inception" and samples.images:
-        _warn_about(samples.images)
-    sides = {"reference": reference, "samples": samples}
-    measured = {
-        key: measure(side, extractor, batch_size, cache_dir, progress)
-        for key, side in sides.items()
-    }
-    described = {key: _describe(side, measured[key]) for key, side in sides.items()}
-    features = {
-        "name": extractor.name,
-        "backend": extractor.backend,
-        "weights_sha256": extractor.weights_sha256,
-    }
+        _warn_if_not_as_published(samples.images)
+    options = batch_size, cache_dir, progress
+    reference_statistics = compute_statistics(reference, extractor, *options)
+    sample_statistics = compute_statistics(samples, extractor, *options)
     return {
-        **compare(measured["reference"], measured["samples"], extractor, pr),
-        "features": features,
+        **compare(reference_statistics, sample_statistics, extractor, pr),
+        "features": {
+            "name": extractor.name,
+            "backend": extractor.backend,
+            "weights_sha256": extractor.weights_sha256,
+        },
         "precision_recall": {"k": NEIGHBOURS, "mode": pr or extractor.default_pr},
-        **described,
+        "reference": _describe(reference, reference_statistics),
+        "samples": _describe(samples, sample_statistics),
     }
 
 
 def compare(
     reference: Statistics, samples: Statistics, extractor: FeatureExtractor, pr: Mode | None = None
 ) -> dict[str, float | list[float]]:
-    """Every score that the statistics allow, by its key in :data:`SCORE_LINES`.
+    """Compute every score that the statistics allow.
 
-    Inception features add ``inception_score_splits``, ``kid`` and ``kid_std``.
+    Fréchet distances need moments only. The other scores need features, the Inception Score those
+    of the samples alone.
+
+    Args:
+        reference: statistics of the images to resemble.
+        samples: statistics of the images to score.
+        extractor: the one that computed the features.
+        pr: arithmetic of precision and recall. Default: the extractor's.
+
+    Returns:
+        Scores by their keys in :data:`SCORE_LINES`. Inception features add
+        ``inception_score_splits``, ``kid`` and ``kid_std``.
+
+    Raises:
+        UserError: ``pr`` is unknown, or the statistics cannot be compared.
     """
-    scores = {}
+    _check_pr(pr)
+    scores: dict[str, float | list[float]] = {}
     inception = extractor.name == "inception"
     if samples.features is not None and inception:
-        scores["inception_score_splits"] = _inception_score_splits(samples.features, extractor)
-        scores["inception_score"] = float(np.mean(scores["inception_score_splits"]))
-    scores["fid" if inception else "frechet_distance"] = frechet_distance(
-        *reference.moments, *samples.moments
-    )
+        splits = _inception_score_splits(samples.features, extractor)
+        scores["inception_score_splits"] = splits
+        scores["inception_score"] = float(np.mean(splits))
+    distance = frechet_distance(*reference.moments, *samples.moments)
+    scores["fid" if inception else "frechet_distance"] = distance
     if reference.spatial_moments and samples.spatial_moments:
         scores["sfid"] = frechet_distance(*reference.spatial_moments, *samples.spatial_moments)
     if reference.features is not None and samples.features is not None:
         features = reference.features, samples.features
-        mode = pr or extractor.default_pr
+        mode, device = pr or extractor.default_pr, extractor.device
         scores["precision"], scores["recall"] = precision_recall(
-            *features, NEIGHBOURS, mode, extractor.device
+            *features, NEIGHBOURS, mode, device
         )
         if inception:
-            scores["kid"], scores["kid_std"] = kernel_distance(*features, device=extractor.device)
+            scores["kid"], scores["kid_std"] = kernel_distance(*features, device=device)
     return scores
 
 
+def _check_pr(pr: Mode | None) -> None:
+    if pr is not None:
+        check_choice("mode of precision and recall", pr, Mode)
+
+
 def _inception_score_splits(features: np.ndarray, extractor: FeatureExtractor) -> list[float]:
-    starts = range(0, len(features), SPLIT_SIZE)  # one split of probabilities at a time
-    splits = (extractor.probabilities(features[start : start + SPLIT_SIZE]) for start in starts)
-    return [inception_score(split, SPLIT_SIZE) for split in splits]
+    scores = []
+    # One split at a time: the probabilities of all images would take as much memory again.
+    for start in range(0, len(features), SPLIT_SIZE):
+        probabilities = extractor.probabilities(features[start : start + SPLIT_SIZE])
+        assert probabilities is not None  # the Inception network has a classifier
+        scores.append(inception_score(probabilities, SPLIT_SIZE))
+    return scores
 
 
 def check_comparable(reference: Source, samples: Source) -> None:
-    """Raise a :class:`UserError` when the two sides show images of different sizes."""
-    if (
-        None not in (reference.resolution, samples.resolution)
-        and reference.resolution != samples.resolution
-    ):
-        sizes = " and the samples ".join(
-            f"{w}x{h}" for h, w in (reference.resolution, samples.resolution)
+    """Check that the images of both have one size, as far as it is known.
+
+    Raises:
+        UserError: they do not.
+    """
+    if reference.resolution is None or samples.resolution is None:
+        return
+    if reference.resolution != samples.resolution:
+        height, width = reference.resolution
+        sample_height, sample_width = samples.resolution
+        raise UserError(
+            f"the reference has {width}x{height} pixels and the samples "
+            f"{sample_width}x{sample_height}; compare images of one size"
         )
-        raise UserError(f"the reference has {sizes} pixels; compare images of one size")
 
 
-def _warn_about(samples: ImageSet) -> None:
-    """Log what makes the scores differ from published ones."""
+def _warn_if_not_as_published(samples: ImageSet) -> None:
+    """Warn of samples whose scores differ from published ones for a reason other than quality."""
     if samples.count != PUBLISHED_COUNT:
-        message = "warning: %d samples; published scores mean %d, and FID, sFID and IS depend on the number"
-        logger.warning(message, samples.count, PUBLISHED_COUNT)
+        logger.warning(
+            "warning: %d samples; published scores use %d, and FID, sFID and Inception Score "
+            "depend on the number",
+            samples.count,
+            PUBLISHED_COUNT,
+        )
     if samples.sorted_by_class and samples.count > SPLIT_SIZE:
-        message = "warning: %s is sorted by class: its Inception Score, over splits of %d, misses classes; shuffle it"
-        logger.warning(message, samples.name, SPLIT_SIZE)
+        logger.warning(
+            "warning: %s is sorted by class; every split of %d images lacks classes, "
+            "which lowers the Inception Score; shuffle the images",
+            samples.name,
+            SPLIT_SIZE,
+        )
 
 
-def _describe(source: Source, statistics: Statistics) -> dict:
+def _describe(source: Source, statistics: Statistics) -> dict[str, Any]:
+    """What the report says of one side of the comparison."""
     return {
         "name": source.name,
         "count": None if statistics.features is None else len(statistics.features),

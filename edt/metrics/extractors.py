@@ -1,46 +1,53 @@
-"""Choosing a feature extractor by name."""
+"""Creates a feature extractor by its name."""
 
 from pathlib import Path
 
 import torch
 
-from edt.metrics.features import FeatureExtractor, PixelFeatures
+from edt.metrics.features import Backend, FeatureExtractor, FeatureName, PixelFeatures
 from edt.metrics.inception import InceptionFeatures
 from edt.metrics.inception_tensorflow import TensorFlowInceptionFeatures
 from edt.metrics.inception_weights import find_weights, load_weights
+from edt.utils.choices import check_choice
 from edt.utils.errors import UserError
-
-FEATURES = ("inception", "pixels")
-BACKENDS = ("torch", "tensorflow")
 
 
 def create_extractor(
-    features: str = "inception",
-    backend: str = "torch",
+    features: FeatureName = "inception",
+    backend: Backend = "torch",
     inception: Path | None = None,
     device: str = "cpu",
 ) -> FeatureExtractor:
-    """A feature extractor ready to run.
+    """Create a feature extractor with its weights loaded.
 
     Args:
         features: ``inception``, or ``pixels`` for the images themselves.
-        backend: ``torch``, or ``tensorflow`` to run the Inception graph itself.
-        inception: the Inception weights; without it the places that :func:`find_weights` knows.
-        device: torch device.
+        backend: ``torch``, or ``tensorflow`` to run the original Inception graph. Pixels do not use
+            it.
+        inception: the Inception weights. Default: the first place of :func:`find_weights` that has
+            them.
+        device: torch device that computes and compares the features.
+
+    Raises:
+        UserError: an argument is unknown, the device does not work, or there are no valid weights.
     """
-    where = _open_device(device)
+    check_choice("features", features, FeatureName)
+    check_choice("backend", backend, Backend)
+    torch_device = _working_device(device)
     if features == "pixels":
-        return PixelFeatures(where)
+        return PixelFeatures(torch_device)
     path = find_weights(inception)
     if backend == "tensorflow":
-        return TensorFlowInceptionFeatures(path, where)
-    return InceptionFeatures(load_weights(path), where)
+        return TensorFlowInceptionFeatures(path, torch_device)
+    return InceptionFeatures(load_weights(path), torch_device)
 
 
-def _open_device(name: str) -> torch.device:
-    """The torch device of that name, known to work."""
+def _working_device(name: str) -> torch.device:
+    """The torch device of that name; a :class:`UserError` if it does not work."""
     try:
+        # Only an allocation shows whether the device works. torch.device("cuda") succeeds without
+        # a GPU.
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:100]
-        raise UserError(f"--device {name} cannot be used ({reason}); take cpu") from None
+        raise UserError(f"--device {name} cannot be used ({reason}); use cpu") from None

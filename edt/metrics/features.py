@@ -1,37 +1,47 @@
-"""What turns images into the vectors that are compared."""
+"""Feature extractors: they turn images into the vectors that are compared."""
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
-from edt.metrics.neighbours import Mode
+from edt.metrics.precision_recall import Mode
 from edt.utils.errors import UserError
+
+FeatureName = Literal["inception", "pixels"]  # what the vectors are
+Backend = Literal["torch", "tensorflow"]  # library that runs the Inception network
 
 
 class FeatureExtractor(Protocol):
     """Maps images to feature vectors.
 
     Attributes:
-        name: ``inception`` or ``pixels``; statistics of different names are never compared.
+        name: what the vectors are. Statistics with different names are never compared.
         backend: the library that computes the features.
         weights_sha256: hash of the network's weights, None without a network.
-        device: where torch computes on the features.
-        default_pr: arithmetic of precision and recall.
+        device: torch device on which the features are compared.
+        default_pr: default arithmetic of precision and recall.
     """
 
-    name: str
-    backend: str
+    name: FeatureName
+    backend: Backend
     weights_sha256: str | None
     device: torch.device
     default_pr: Mode
 
     def check(self, resolution: tuple[int, int]) -> None:
-        """Raise a :class:`UserError` for images of a (height, width) that cannot be handled."""
+        """Check that images of this (height, width) in pixels can be handled.
+
+        Raises:
+            UserError: they cannot.
+        """
 
     def extract(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features (n, D) and spatial features (n, S), if there are any, of uint8 images (n, H, W,
-        3); float32.
+        """Compute the features of uint8 images (n, H, W, 3).
+
+        Returns:
+            Features (n, D) and spatial features (n, S), float32. The spatial features are None if
+            the extractor has none.
         """
 
     def probabilities(self, features: np.ndarray) -> torch.Tensor | None:
@@ -39,12 +49,15 @@ class FeatureExtractor(Protocol):
 
 
 class PixelFeatures:
-    """The flattened pixels themselves, in [0, 1]: meaningful for tiny images only, and needs no
-    network.
+    """The flattened pixels in [0, 1].
+
+    They need no network, and are meaningful for tiny images only.
     """
 
-    name, backend, weights_sha256 = "pixels", "torch", None
-    default_pr: Mode = "exact"  # half precision would round away the distances between near images
+    name: FeatureName = "pixels"
+    backend: Backend = "torch"
+    weights_sha256: str | None = None
+    default_pr: Mode = "exact"  # half precision would round small distances between images to zero
     MAX_DIM = 64 * 64 * 3  # two covariances of this size take 2.4 GB
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -54,7 +67,8 @@ class PixelFeatures:
         height, width = resolution
         if height * width * 3 > self.MAX_DIM:
             raise UserError(
-                f"pixel features end at 64x64 pixels, not {width}x{height}; take --features inception"
+                f"pixel features allow at most 64x64 pixels, not {width}x{height}; "
+                "use --features inception"
             )
 
     def extract(self, images: np.ndarray) -> tuple[torch.Tensor, None]:

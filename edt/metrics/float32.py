@@ -1,26 +1,28 @@
-"""Full-precision arithmetic, whatever the training around the evaluation has switched on."""
+"""Full-precision arithmetic, independent of what the surrounding training has switched on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-BACKENDS = (
+# torch's type stubs do not know the settings of single operations.
+OPERATIONS = (
     torch.backends.cuda.matmul,
-    torch.backends.cudnn.conv,
-    torch.backends.mkldnn.matmul,
-    torch.backends.mkldnn.conv,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
 )
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """No TF32 or bf16 inside float32 matrix products and convolutions, no autocast, no
-    gradients.
+    """Compute float32 matrix products and convolutions without TF32 or bf16.
+
+    Autocast and gradients are off inside. The settings are restored at the end.
     """
-    before = [backend.fp32_precision for backend in BACKENDS]
-    for backend in BACKENDS:
-        backend.fp32_precision = "ieee"
+    precisions = [operation.fp32_precision for operation in OPERATIONS]
+    for operation in OPERATIONS:
+        operation.fp32_precision = "ieee"
     try:
         with (
             torch.inference_mode(),
@@ -29,5 +31,5 @@ def full_float32() -> Iterator[None]:
         ):
             yield
     finally:
-        for backend, precision in zip(BACKENDS, before, strict=True):
-            backend.fp32_precision = precision
+        for operation, precision in zip(OPERATIONS, precisions, strict=True):
+            operation.fp32_precision = precision

@@ -1,5 +1,6 @@
-"""The images to be judged: ADM .npz files, image folders and arrays, checked at opening and read in
-batches.
+"""Image sets: ADM's .npz files, image folders and arrays.
+
+They are checked when they are opened, and read in batches.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -22,9 +23,12 @@ from edt.utils.errors import UserError
 from edt.utils.files import file_sha256
 
 Crop = Callable[[Image.Image], Image.Image]
-T = TypeVar("T")
-PEEK_IMAGES = 64  # how many images are read at opening to see whether their values can be right
+
+# Images read at opening to check their values. A few suffice: a wrong conversion affects all.
+PEEK_IMAGES = 64
 TO_UINT8 = "convert images in [-1, 1] with clamp(127.5 * x + 128, 0, 255) to uint8"
+# What numpy and zipfile raise for a damaged or missing file.
+READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class ImageSet(ABC):
@@ -34,7 +38,7 @@ class ImageSet(ABC):
         name: what messages call the set.
         count: number of images.
         resolution: (height, width) in pixels.
-        sorted_by_class: whether the images are known to come class after class.
+        sorted_by_class: whether the images are known to be sorted by class.
     """
 
     name: str
@@ -44,8 +48,9 @@ class ImageSet(ABC):
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """All images in order as uint8 (n, H, W, 3), n = ``batch_size`` except for the last
-        batch.
+        """All images in order, as uint8 (n, H, W, 3).
+
+        Every batch has ``batch_size`` images; the last one may have fewer.
         """
 
     @abstractmethod
@@ -54,12 +59,22 @@ class ImageSet(ABC):
 
 
 class ArrayImages(ImageSet):
-    """Images in memory, uint8 (N, H, W, 3)."""
+    """Images in memory.
+
+    Args:
+        images: uint8 (N, H, W, 3).
+        name: what messages call the set.
+
+    Raises:
+        UserError: the array is no set of images.
+    """
 
     def __init__(self, images: np.ndarray, name: str = "the image array"):
         _check_array(name, images.shape, images.dtype)
         _check_values(name, images[:PEEK_IMAGES])
-        self.name, self.count, self.resolution = name, len(images), images.shape[1:3]
+        self.name = name
+        self.count, height, width, _ = images.shape
+        self.resolution = (height, width)
         self._images = images
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
@@ -67,11 +82,18 @@ class ArrayImages(ImageSet):
             yield self._images[start : start + batch_size]
 
     def sha256(self) -> str:
-        return hashlib.sha256(np.ascontiguousarray(self._images)).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(self._images).data).hexdigest()
 
 
 class NpzImages(ImageSet):
-    """``arr_0`` of an .npz file, streamed: only one batch is in memory."""
+    """``arr_0`` of an .npz file. Only one batch is in memory.
+
+    Args:
+        path: the file. Labels in ``arr_1`` tell whether the images are sorted by class.
+
+    Raises:
+        UserError: the file cannot be read, or holds no images.
+    """
 
     def __init__(self, path: Path):
         self.name, self._path = str(path), path
@@ -79,7 +101,8 @@ class NpzImages(ImageSet):
             if dtype.kind == "f":
                 _refuse_floats(self.name, shape, dtype, file)
             _check_array(self.name, shape, dtype)
-        self.count, self.resolution = shape[0], shape[1:3]
+        self.count, height, width, _ = shape
+        self.resolution = (height, width)
         _check_values(self.name, next(self.batches(PEEK_IMAGES)))
         labels = read_npz(path, ("arr_1",)).get("arr_1", np.empty(0))
         if labels.shape == (self.count,):
@@ -98,27 +121,33 @@ class FolderImages(ImageSet):
     """All images below a folder, in the order of their paths.
 
     Args:
-        crop: applied to each image; without it the images must all have one size.
+        path: the folder.
+        crop: applied to each image. Without it all images must have one size.
+
+    Raises:
+        UserError: there are no images, or they cannot be read, or their sizes differ.
     """
 
     def __init__(self, path: Path, crop: Crop | None = None):
         self.name = str(path)
+        self._root, self._crop = path, crop
         self._files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
         if not self._files:
             raise UserError(f"no images below {path}; give a folder of image files or an .npz file")
-        self._root, self._crop = path, crop
-        self.count, self.resolution = len(self._files), self._decode(self._files[0]).shape[:2]
+        self.count = len(self._files)
         _check_count(self.name, self.count)
+        height, width, _ = self._decode(self._files[0]).shape
+        self.resolution = (height, width)
         if crop is None:
             self._check_sizes()
+        # The usual layout of labelled images has one folder per class.
         self.sorted_by_class = len({p.parent for p in self._files}) > 1
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor() as pool:
             for start in range(0, self.count, batch_size):
-                yield np.stack(
-                    list(pool.map(self._decode, self._files[start : start + batch_size]))
-                )
+                files = self._files[start : start + batch_size]
+                yield np.stack(list(pool.map(self._decode, files)))
 
     def sha256(self) -> str:
         digest = hashlib.sha256(f"{self.resolution}".encode())
@@ -126,67 +155,85 @@ class FolderImages(ImageSet):
             digest.update(f"{file.relative_to(self._root)} {file_sha256(file)}\n".encode())
         return digest.hexdigest()
 
-    def _open(self, file: Path, read: Callable[[Image.Image], T]) -> T:
-        try:
-            with Image.open(file) as image:
-                return read(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"cannot read the image {file} ({error}); replace or remove it"
-            ) from None
-
     def _decode(self, file: Path) -> np.ndarray:
-        return self._open(
-            file,
-            lambda image: np.asarray(self._crop(image) if self._crop else image.convert("RGB")),
-        )
+        with _open_image(file) as image:
+            if self._crop is None:
+                return np.asarray(image.convert("RGB"))
+            return np.asarray(self._crop(image))
 
     def _check_sizes(self) -> None:
+        """Check every file's size, which its header tells, before hours of work begin."""
         for file in self._files:
-            size = self._open(file, lambda image: (image.height, image.width))
+            with _open_image(file) as image:
+                size = (image.height, image.width)
             if size != self.resolution:
                 raise UserError(
-                    f"{file} is {_pixels(size)}, others {_pixels(self.resolution)}; crop all: --image-size"
+                    f"{file} has {_pixels(size)}, others have {_pixels(self.resolution)}; "
+                    "crop all to one size with --image-size"
                 )
 
 
 @contextmanager
+def _open_image(file: Path) -> Iterator[Image.Image]:
+    """Open an image file; an error while it is open becomes a :class:`UserError`."""
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {file} ({error}); replace or remove it") from None
+
+
+@contextmanager
 def open_npz_array(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
-    """An array of an .npz file as (file at its first byte, shape, dtype); nothing is unpickled."""
+    """Open an array of an .npz file for reading in pieces; nothing is unpickled.
+
+    Yields:
+        The file at the first byte of the array, its shape, its dtype.
+
+    Raises:
+        UserError: the file is damaged or holds no such array, also if reading shows it later.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if f"{name}.npy" not in archive.namelist():
-                found = ", ".join(archive.namelist()) or "nothing"
+                contents = ", ".join(archive.namelist()) or "nothing"
                 raise UserError(
-                    f"{path} holds no array {name} (found {found}); give an .npz file of images"
+                    f"{path} holds no array {name} (found {contents}); give an .npz file of images"
                 )
             with archive.open(f"{name}.npy") as file:
-                old = np.lib.format.read_magic(file) == (1, 0)
-                shape, fortran_order, dtype = (
-                    np.lib.format.read_array_header_1_0(file)
-                    if old
-                    else np.lib.format.read_array_header_2_0(file)
-                )
+                shape, fortran_order, dtype = _read_npy_header(file)
                 size = archive.getinfo(f"{name}.npy").file_size - file.tell()
+                # A damaged header may announce terabytes, so the sizes are compared before
+                # anything is allocated. Pickled objects have no fixed size.
                 if size != math.prod(shape) * dtype.itemsize and not dtype.hasobject:
                     raise UserError(
-                        f"{path}: {name} has {size} bytes, too many or few for {shape}; write it again"
+                        f"{path}: {name} has {size} bytes, too many or too few for {shape}; "
+                        "write the file again"
                     )
                 if fortran_order and not dtype.hasobject:
-                    file = io.BytesIO(read_npz(path, (name,))[name].tobytes())
-                yield file, shape, dtype
+                    # Its rows are not contiguous, so the array must be in memory to be reordered.
+                    yield io.BytesIO(read_npz(path, (name,))[name].tobytes()), shape, dtype
+                else:
+                    yield file, shape, dtype
     except UserError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise  # a UserError is a ValueError too
+    except READ_ERRORS as error:
         raise _unreadable(path, error) from None
 
 
+def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether the order is Fortran's, and dtype."""
+    if np.lib.format.read_magic(file) == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
+
+
 def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of the named arrays that the .npz file holds; nothing is unpickled."""
+    """Read those of the named arrays that an .npz file holds; nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names if name in arrays}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except READ_ERRORS as error:
         raise _unreadable(path, error) from None
 
 
@@ -200,9 +247,8 @@ def npz_names(path: Path) -> list[str]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"cannot read {path} ({error or type(error).__name__}); give an .npz file that numpy.savez wrote"
-    )
+    reason = str(error) or type(error).__name__
+    return UserError(f"cannot read {path} ({reason}); give an .npz file that numpy.savez wrote")
 
 
 def _read_rows(file: IO[bytes], count: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -215,34 +261,34 @@ def _check_array(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         raise UserError(f"{name} holds {dtype}, not uint8; {TO_UINT8}")
     if len(shape) != 4 or shape[3] != 3:
         raise UserError(
-            f"{name} has shape {tuple(shape)}; images must be (count, height, width, 3)"
+            f"{name} has shape {tuple(shape)}; give images of shape (count, height, width, 3)"
         )
     _check_count(name, shape[0])
 
 
 def _check_count(name: str, count: int) -> None:
     if count < 2:
-        raise UserError(
-            f"{name} holds {count} image(s); at least 2 are needed to compare distributions"
-        )
+        raise UserError(f"{name} holds {count} image(s); give at least 2, which a covariance needs")
 
 
 def _check_values(name: str, images: np.ndarray) -> None:
-    """Refuse floats in [0, 1] or [-1, 1] that were cast to integers: only 0 and 1, or 0, 1 and 255,
-    are left.
+    """Refuse images whose only values are 0 and 1, or 0, 1 and 255.
+
+    Floats in [0, 1] or [-1, 1] become such images when they are cast to integers without scaling.
     """
-    found = np.flatnonzero(np.bincount(images.ravel(), minlength=256))
-    if 1 in found and set(found) <= {0, 1, 255}:
+    values = np.flatnonzero(np.bincount(images.ravel(), minlength=256))
+    if 1 in values and set(values) <= {0, 1, 255}:
         raise UserError(
-            f"{name} holds only the values {found.tolist()}: floats cast without scaling; {TO_UINT8}"
+            f"{name} holds only the values {values.tolist()}: floats were cast without scaling; "
+            f"{TO_UINT8}"
         )
 
 
 def _refuse_floats(name: str, shape: tuple[int, ...], dtype: np.dtype, file: IO[bytes]) -> None:
-    """Say what is wrong with an array of floats, judging by its first images."""
+    """Raise a :class:`UserError` that says what the first images of a float array hold."""
     values = _read_rows(file, min(shape[0], PEEK_IMAGES), shape, dtype) if shape else np.empty(0)
     if np.isnan(values).any():
-        raise UserError(f"{name} holds NaN; the sampler diverged, draw the images again")
+        raise UserError(f"{name} holds NaN; the sampler diverged, sample the images again")
     span = f" in [{values.min():.3g}, {values.max():.3g}]" if values.size else ""
     raise UserError(f"{name} holds {dtype}{span}, not uint8; {TO_UINT8}")
 

@@ -1,48 +1,50 @@
-"""The 2015 Inception graph run by TensorFlow itself: the second opinion on
-:mod:`edt.metrics.inception`.
-"""
+"""The 2015 Inception graph run by TensorFlow, to check :mod:`edt.metrics.inception`."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from edt.metrics.features import Backend, FeatureName
 from edt.metrics.inception_graph import FEATURES, SPATIAL_CHANNELS
 from edt.metrics.inception_weights import load_weights
-from edt.metrics.neighbours import Mode
+from edt.metrics.precision_recall import Mode
 from edt.utils.errors import UserError
 
 
 class TensorFlowInceptionFeatures:
-    """What :class:`edt.metrics.inception.InceptionFeatures` computes, from the same file.
+    """The features of :class:`edt.metrics.inception.InceptionFeatures`, computed by TensorFlow.
 
     Args:
-        path: the .pb file; a safetensors file has no graph to run.
-        device: where torch computes on the features; TensorFlow chooses its own device.
+        path: the .pb file. A safetensors file has no graph to run.
+        device: torch device on which the features are compared. TensorFlow chooses its own.
+
+    Raises:
+        UserError: TensorFlow is not installed, or the file is not the Inception graph.
     """
 
-    name, backend = "inception", "tensorflow"
+    name: FeatureName = "inception"
+    backend: Backend = "tensorflow"
+    weights_sha256: str | None
     default_pr: Mode = "adm"
 
     def __init__(self, path: Path, device: torch.device | str = "cpu"):
         try:
-            import tensorflow as tf
+            import tensorflow as tf  # optional, and its import takes seconds
         except ImportError:
             raise UserError(
-                "--backend tensorflow needs TensorFlow; pip install 'edt[tf]', or take torch"
+                "--backend tensorflow needs TensorFlow; pip install 'edt[tf]', or use torch"
             ) from None
         if path.suffix == ".safetensors":
-            raise UserError(
-                f"--backend tensorflow runs the graph itself; give the .pb file, not {path}"
-            )
+            raise UserError(f"--backend tensorflow runs the .pb file; give it instead of {path}")
         self.device = torch.device(device)
-        self.weights_sha256 = load_weights(
-            path
-        ).sha256  # says what is wrong with a file that is not the graph
+        # Loading says in one line why a file is not the graph. TensorFlow would print a traceback.
+        self.weights_sha256 = load_weights(path).sha256
 
         tf.config.experimental.enable_tensor_float_32_execution(False)
         graph_def = tf.compat.v1.GraphDef.FromString(path.read_bytes())
         with tf.Graph().as_default() as graph:
+            # Replacing the JPEG decoder's output by a placeholder lets the batch have any size.
             self._images = tf.compat.v1.placeholder(tf.float32, [None, None, None, 3])
             pool, spatial, classifier = tf.import_graph_def(
                 graph_def,
@@ -52,13 +54,11 @@ class TensorFlowInceptionFeatures:
             )
             self._outputs = [pool, spatial[..., :SPATIAL_CHANNELS]]
             self._features = tf.compat.v1.placeholder(tf.float32, [None, FEATURES])
-            self._probabilities = tf.nn.softmax(
-                self._features @ classifier
-            )  # ADM leaves the bias out
-        config = tf.compat.v1.ConfigProto(
-            allow_soft_placement=True
-        )  # DecodeJpeg runs on the CPU only
-        config.gpu_options.allow_growth = True  # torch needs room on the same device
+            logits = self._features @ classifier  # without the bias, which ADM leaves out
+            self._probabilities = tf.nn.softmax(logits)
+        # The graph's DecodeJpeg exists on the CPU only, so placement on a GPU must be soft.
+        config = tf.compat.v1.ConfigProto(allow_soft_placement=True)
+        config.gpu_options.allow_growth = True  # torch needs memory on the same device
         self._session = tf.compat.v1.Session(graph=graph, config=config)
 
     def check(self, resolution: tuple[int, int]) -> None:
@@ -70,4 +70,5 @@ class TensorFlowInceptionFeatures:
         return pool, spatial
 
     def probabilities(self, features: np.ndarray) -> torch.Tensor:
+        """Softmax without the classifier's bias, which ADM leaves out."""
         return torch.from_numpy(self._session.run(self._probabilities, {self._features: features}))

@@ -1,14 +1,14 @@
-"""OpenAI's published scores, from OpenAI's own files: some 12 GB, so the test looks for them and
-fetches nothing.
+"""OpenAI's published scores, computed from OpenAI's own files.
 
-``EDT_ADM_FILES`` names the folder that holds them (default: the working directory); see
-docs/evaluation.md."""
+The files have 12 GB, so the test does not download them. ``EDT_ADM_FILES`` names the folder that
+holds them (default: the working directory); see docs/evaluation.md.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
-from test_evaluator import printed
+from evaluation_helpers import printed_scores
 
 from evaluator import main
 
@@ -18,8 +18,7 @@ FILES = {
     "samples": FOLDER / "admnet_guided_upsampled_imagenet256.npz",
     "weights": FOLDER / "classify_image_graph_def.pb",
 }
-# The line that guided-diffusion's evaluations/README.md prints for these files, and how far from it
-# we may be.
+# The scores in guided-diffusion's evaluations/README.md for these files, with our tolerances.
 PUBLISHED = {
     "Inception Score": (215.8370, 0.2),
     "FID": (3.942557, 0.01),
@@ -36,7 +35,7 @@ def test_published_scores_are_reproduced(capsys):
     if missing:
         pytest.skip(f"not in {FOLDER.resolve()}: {', '.join(missing)} (see docs/evaluation.md)")
     main([str(FILES["reference"]), str(FILES["samples"]), "--inception", str(FILES["weights"])])
-    scores = printed(capsys.readouterr().out)
+    scores = printed_scores(capsys.readouterr().out)
     assert list(scores) == list(PUBLISHED)
     for name, (expected, tolerance) in PUBLISHED.items():
         assert scores[name] == pytest.approx(expected, abs=tolerance), name

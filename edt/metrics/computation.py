@@ -1,0 +1,198 @@
+"""Computes the statistics of an image set."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from edt.metrics.features import FeatureExtractor
+from edt.metrics.frechet import StreamingMoments
+from edt.metrics.images import ImageSet
+from edt.metrics.sources import Source
+from edt.metrics.statistics import Statistics, read_statistics, write_statistics
+from edt.utils.errors import UserError
+
+
+def compute_statistics(
+    source: Source,
+    extractor: FeatureExtractor,
+    batch_size: int = 64,
+    cache_dir: Path | None = None,
+    progress: bool = False,
+) -> Statistics:
+    """Statistics of a source.
+
+    Moments that are stored in the source are used instead of those of its images, as in ADM, whose
+    reference files store the moments of a whole training set with a few of its images.
+
+    Args:
+        source: what :func:`open_source` returned.
+        extractor: computes the features.
+        batch_size: images per call of the extractor.
+        cache_dir: folder of features, each file named by a hash of the images and the extractor.
+            Missing ones are added.
+        progress: show a bar on stderr.
+
+    Raises:
+        UserError: the extractor cannot handle the images, or other features or weights gave the
+            stored statistics.
+    """
+    stored = source.statistics
+    if stored is not None:
+        _check_extractor(source.name, stored, extractor)
+    if source.images is not None:
+        computed = _cached_image_statistics(
+            source.images, extractor, batch_size, cache_dir, progress
+        )
+        if stored is None:
+            return computed
+        return replace(stored, features=computed.features, resolution=computed.resolution)
+    if stored is None:
+        raise UserError(f"{source.name} has neither images nor statistics; use open_source")
+    return stored
+
+
+def _check_extractor(name: str, stored: Statistics, extractor: FeatureExtractor) -> None:
+    """Check that the extractor's features may be compared with stored statistics."""
+    if stored.feature_name != extractor.name:
+        raise UserError(
+            f"{name} was opened with statistics of {stored.feature_name} features; "
+            f"open it with feature_name={extractor.name!r}"
+        )
+    # ADM's files do not tell the weights, which are the published ones.
+    if stored.weights_sha256 not in (None, extractor.weights_sha256):
+        raise UserError(
+            f"{name} was made with other Inception weights; make it again with make-ref"
+        )
+
+
+def _cached_image_statistics(
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    batch_size: int,
+    cache_dir: Path | None,
+    progress: bool,
+) -> Statistics:
+    """Statistics of images, features included; read from the cache if it has them."""
+    extractor.check(images.resolution)
+    cached = cache_dir / f"{_cache_key(images, extractor)}.npz" if cache_dir else None
+    if cached and cached.exists():
+        return read_statistics(cached)
+    collector = _StatisticsCollector(images, extractor, keep_features=True)
+    for batch in _batches_with_bar(images, batch_size, progress):
+        collector.add(batch)
+    statistics = collector.statistics()
+    if cached:
+        write_statistics(cached, statistics)
+    return statistics
+
+
+def make_reference(
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    path: Path,
+    image_count: int = 10_000,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> None:
+    """Write a reference file like ADM's.
+
+    It holds the moments of all images, and some of the images for precision and recall.
+
+    Args:
+        images: the images.
+        extractor: computes the features.
+        path: the .npz file to write.
+        image_count: how many images to keep, drawn with a fixed seed. All are kept if there are
+            fewer.
+        batch_size: images per call of the extractor.
+        progress: show a bar on stderr.
+
+    Raises:
+        UserError: the extractor cannot handle the images.
+    """
+    extractor.check(images.resolution)
+    count = min(image_count, images.count)
+    is_kept = np.zeros(images.count, bool)
+    is_kept[np.random.default_rng(0).choice(images.count, count, replace=False)] = True
+    collector = _StatisticsCollector(images, extractor, keep_features=False)
+    kept_images = []
+    start = 0
+    for batch in _batches_with_bar(images, batch_size, progress):
+        kept_images.append(batch[is_kept[start : start + len(batch)]])
+        start += len(batch)
+        collector.add(batch)
+    write_statistics(path, collector.statistics(), arr_0=np.concatenate(kept_images))
+
+
+def _batches_with_bar(images: ImageSet, batch_size: int, progress: bool) -> Iterator[np.ndarray]:
+    with tqdm(total=images.count, unit="image", desc=images.name, disable=not progress) as bar:
+        for batch in images.batches(batch_size):
+            yield batch
+            bar.update(len(batch))
+
+
+class _StatisticsCollector:
+    """Collects the statistics of an image set from its batches.
+
+    Args:
+        images: the set, for its name, size and resolution.
+        extractor: computes the features.
+        keep_features: whether the statistics include the features.
+    """
+
+    def __init__(self, images: ImageSet, extractor: FeatureExtractor, keep_features: bool):
+        self._images, self._extractor, self._keep_features = images, extractor, keep_features
+        # The dimensions are known from the first batch on.
+        self._moments: StreamingMoments | None = None
+        self._spatial_moments: StreamingMoments | None = None
+        self._features: list[np.ndarray] = []
+
+    def add(self, batch: np.ndarray) -> None:
+        """Add images, uint8 (n, H, W, 3).
+
+        Raises:
+            UserError: their features are not finite.
+        """
+        features, spatial_features = self._extractor.extract(batch)
+        if not features.isfinite().all():
+            raise UserError(
+                f"features of {self._images.name} are not finite; check the network's weights"
+            )
+        self._moments = self._updated(self._moments, features)
+        if spatial_features is not None:
+            self._spatial_moments = self._updated(self._spatial_moments, spatial_features)
+        if self._keep_features:
+            self._features.append(features.cpu().numpy())
+
+    def _updated(self, moments: StreamingMoments | None, rows: torch.Tensor) -> StreamingMoments:
+        moments = moments or StreamingMoments(rows.shape[1], self._extractor.device)
+        moments.update(rows)
+        return moments
+
+    def statistics(self) -> Statistics:
+        """Statistics of all images so far.
+
+        Raises:
+            UserError: there are fewer than two.
+        """
+        if self._moments is None:
+            raise UserError(f"{self._images.name} holds no images; give at least 2")
+        return Statistics(
+            self._extractor.name,
+            self._moments.moments(),
+            self._spatial_moments.moments() if self._spatial_moments else None,
+            np.concatenate(self._features) if self._keep_features else None,
+            self._images.count,
+            self._images.resolution,
+            self._extractor.weights_sha256,
+        )
+
+
+def _cache_key(images: ImageSet, extractor: FeatureExtractor) -> str:
+    parts = (images.sha256(), extractor.name, extractor.backend, str(extractor.weights_sha256))
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
