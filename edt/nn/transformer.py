@@ -62,7 +62,7 @@ class DiffusionTransformer(nn.Module):
         radius: float | None = None,
         cfg_scale: float = 1.0,
     ) -> tuple[int, ...]:
-        """Switch the Attention Modulation Matrix on for some blocks, or off; see ``EDT.set_amm``."""
+        """Switch the Attention Modulation Matrix on or off; see ``edt.models.EDT.set_amm``."""
         raise NotImplementedError
 
     def set_attention(self, backend: AttentionBackend) -> None:
