@@ -1,11 +1,15 @@
+"""Fixtures and helpers that many tests share."""
+
+import json
 import logging
 import os
 import re
 import resource
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,25 +18,37 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from edt.checkpoints.folder import MANIFEST, fingerprint
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
+TRAIN = (
+    *("--model", "EDT-Tiny/2", "--global-batch-size", "4"),
+    *("--num-workers", "0", "--log-every", "1"),
+)
+SAMPLE = ("--num-sampling-steps", "3", "--num-images", "7", "--cfg-scale", "1.5")
+
+
+# ---------------------------------------------------------------------------------------------
+# Fixtures
+
 
 @pytest.fixture(autouse=True)
-def fresh_process():
-    """accelerate and logging keep their state for the life of a process; every test starts anew."""
+def fresh_process() -> Iterator[None]:
+    """Forget what accelerate and logging keep for the life of a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
-    for handler in logging.root.handlers[:]:  # of a script's main, whose stream ends with the test
+    for handler in logging.root.handlers[:]:
+        # Added by a script's main; the stream that it writes to is closed when the test ends.
         if type(handler) in (logging.StreamHandler, logging.FileHandler):
             logging.root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
-def image_folder(tmp_path_factory) -> Path:
-    """40 images of 16 x 16 in three classes, of odd names."""
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 images of 16 x 16 pixels in three classes."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for i in range(40):
@@ -43,58 +59,33 @@ def image_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def features(image_folder, tmp_path_factory) -> Path:
+def features(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pixel features of ``image_folder``."""
     import extract_features
 
     folder = tmp_path_factory.mktemp("features")
-    extract_features.main(
-        [
-            "--data-path",
-            str(image_folder),
-            "--features-path",
-            str(folder),
-            "--vae",
-            "pixels",
-            "--image-size",
-            "16",
-            "--num-workers",
-            "0",
-        ]
-    )
+    paths = ["--data-path", str(image_folder), "--features-path", str(folder)]
+    options = ["--vae", "pixels", "--image-size", "16", "--num-workers", "0"]
+    assert extract_features.main([*paths, *options]) == 0
     return folder
 
 
-TRAIN = (
-    "--model",
-    "EDT-Tiny/2",
-    "--global-batch-size",
-    "4",
-    "--num-workers",
-    "0",
-    "--log-every",
-    "1",
-)
-SAMPLE = ("--num-sampling-steps", "3", "--num-images", "7", "--cfg-scale", "1.5")
-
-
 @pytest.fixture(scope="session")
-def run_folder(features, tmp_path_factory) -> Path:
-    """A run of the tiny model, two steps long."""
+def run_folder(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of EDT-Tiny, two steps long."""
     import train_mask_adan
 
     folder = tmp_path_factory.mktemp("run") / "run"
-    code = train_mask_adan.main(
-        [*TRAIN, "--feature-path", str(features), "--run-dir", str(folder), "--max-steps", "2"]
-    )
-    assert code == 0
+    paths = ["--feature-path", str(features), "--run-dir", str(folder)]
+    assert train_mask_adan.main([*TRAIN, *paths, "--max-steps", "2"]) == 0
     return folder
 
 
 @pytest.fixture(scope="session")
-def trained(run_folder, tmp_path_factory) -> Path:
-    """A checkpoint whose weights make a difference: the run's, with golden weights in place of the
-    EMA.
+def trained(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's checkpoint, with golden weights as its EMA.
+
+    After two steps the EMA still predicts zero; the golden weights do not.
     """
     from golden_rule import golden_weight
 
@@ -105,10 +96,22 @@ def trained(run_folder, tmp_path_factory) -> Path:
         if not name.endswith("pos_embed"):
             weights[name] = torch.from_numpy(golden_weight(name, tuple(value.shape)))
     save_file(weights, folder / "ema.safetensors")
+    update_manifest(folder)
     return folder
 
 
-def run_script(*command, **options) -> subprocess.CompletedProcess:
+# ---------------------------------------------------------------------------------------------
+# Helpers
+
+
+def update_manifest(checkpoint: Path) -> None:
+    """Record the files of a checkpoint as they are now, after a test changed one on purpose."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    content = {name: fingerprint(checkpoint / name) for name in manifest}
+    (checkpoint / MANIFEST).write_text(json.dumps(content))
+
+
+def run_script(*command: object, **options: Any) -> subprocess.CompletedProcess:
     """Run a command from the project's root, as a user would."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -122,25 +125,23 @@ def run_script(*command, **options) -> subprocess.CompletedProcess:
     )
 
 
-def limited(file_size: int) -> dict:
-    """What `ulimit -f` does, in bytes: a write beyond it fails as on a full disk. For
-    run_script.
+def limited(file_size: int) -> dict[str, Callable[[], None]]:
+    """An option of :func:`run_script` that stands for a full disk.
+
+    A write beyond ``file_size`` bytes fails in the process, as with ``ulimit -f``.
     """
-    return {
-        "preexec_fn": lambda: resource.setrlimit(
-            resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY)
-        )
-    }
+    limits = (file_size, resource.RLIM_INFINITY)
+    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)}
 
 
-def fails(main, argv: list, capsys) -> str:
-    """Run a script that must refuse: exit code 2, and one line, which is returned."""
+def fails(main: Callable[[list[str]], Any], argv: list, capsys: pytest.CaptureFixture[str]) -> str:
+    """The message of a script that refuses its arguments: one line, with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
         main([str(part) for part in argv])
     assert error.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert re.match(r"(\S+: )?error: ", lines[-1]) and "Traceback" not in "".join(
-        lines
-    )  # argparse names the script first
-    return lines[-1]
+    text = capsys.readouterr().err.strip()
+    assert "Traceback" not in text
+    last_line = text.splitlines()[-1]
+    assert re.match(r"(\S+: )?error: ", last_line)  # argparse names the script first
+    return last_line
