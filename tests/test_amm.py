@@ -37,9 +37,8 @@ def test_a_small_grid_by_hand():
         ]
     )
     torch.testing.assert_close(matrix, expected)
-    assert torch.equal(modulation_matrix(1), torch.ones(1, 1)) and torch.equal(
-        modulation_matrix(1, "512"), torch.ones(1, 1)
-    )
+    assert torch.equal(modulation_matrix(1), torch.ones(1, 1))
+    assert torch.equal(modulation_matrix(1, "512"), torch.ones(1, 1))
 
 
 @pytest.mark.parametrize("form", ["256", "512"])
@@ -58,7 +57,7 @@ def test_the_radius_includes_its_ties(grid, form):
     )
 
 
-def test_mistakes_are_named():
+def test_impossible_matrices_are_refused():
     with pytest.raises(ValueError, match="form '128'"):
         modulation_matrix(8, "128")
     with pytest.raises(ValueError, match="radius"):
@@ -75,5 +74,5 @@ def test_readme_modulates_another_transformer_as_edt_does():
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     names = {"q": q, "k": k, "v": v}
     exec(example, names)
-    expected = attention(qkv, torch.zeros(4, 256, 256), names["modulation"])
+    expected = attention(qkv, torch.zeros(4, 256, 256), names["amm_matrix"])
     torch.testing.assert_close(names["out"].transpose(1, 2).flatten(2), expected)

@@ -8,8 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from edt.masking import EDT_RATIOS, MID_RATIO, TokenMasks, draw_masks
-from edt.models import EDT, EDT_models, EDTConfig
-from edt.nn.layers import HEAD_DIM
+from edt.models import HEAD_DIM, EDT, EDT_models, EDTConfig
 from edt.utils.errors import UserError
 
 GOLDEN = golden_rule.load("edt.npz")
@@ -130,7 +129,7 @@ def test_a_hidden_token_reaches_the_output_only_past_its_module(tiny):
 
 @torch.no_grad()
 def test_mid_mask_leaves_a_hidden_token_its_position_only():
-    config = {"depths": (3, 1, 1, 1, 1), "heads": (1, 1, 1), "num_classes": 5, "input_size": 16}
+    config = {"depths": (3, 1, 1, 1, 1), "num_heads": (1, 1, 1), "num_classes": 5, "input_size": 16}
     model = golden_rule.fill(EDT(EDTConfig(**config, mid_mask_block=2))).eval()
     plain = golden_rule.fill(EDT(EDTConfig(**config))).eval()
     x, t, y = inputs()
@@ -152,7 +151,7 @@ def test_masks_of_more_rows_repeat_the_batch_after_the_common_part(mid):
     )
     x, t, y = golden_rule.normal(3, 2, 4, 16, 16), torch.tensor([10, 900]), torch.tensor([5, 1000])
     masked = draw_masks(
-        2, 8, torch.Generator().manual_seed(0), mid=MID_RATIO if mid is not None else None
+        2, 8, torch.Generator().manual_seed(0), mid_ratio=MID_RATIO if mid is not None else None
     )
     forked = model(x, t, y, masked.after_full_pass())
     torch.testing.assert_close(
@@ -237,7 +236,7 @@ def test_amm_is_off_until_set_and_acts_in_training_mode_too(tiny):
     assert not torch.allclose(tiny(x, t, y), modulated)
     tiny.set_amm(None)
     assert torch.equal(tiny(x, t, y), plain)
-    assert not any("modulation" in name and "adaLN" not in name for name in tiny.state_dict())
+    assert not any("amm_matrix" in name for name in tiny.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -260,11 +259,11 @@ def test_auto_placement(name, side, cfg_scale, blocks, form):
     with torch.device("meta"):
         model = EDT_models[name](input_size=side)
     for block in model.blocks:  # matrices are made on the CPU; so is the bias they go beside
-        block.attn.rel_pos_bias.to_empty(device="cpu")
+        block.attn.to_empty(device="cpu")
     assert model.set_amm("auto", cfg_scale=cfg_scale) == blocks
-    on = [i for i, block in enumerate(model.blocks) if block.attn.modulation is not None]
+    on = [i for i, block in enumerate(model.blocks) if block.attn.amm_matrix is not None]
     assert on == list(blocks)
-    peak = model.blocks[blocks[0]].attn.modulation.max().item()
+    peak = model.blocks[blocks[0]].attn.amm_matrix.max().item()
     assert peak == pytest.approx(0.5 * np.e if form == "256" else 1.3)
 
 
@@ -340,7 +339,7 @@ def test_configuration_is_read_off_the_tensors(name):
     found = EDTConfig.from_state_dict(model.state_dict())
     assert (
         found.depths == model.config.depths
-        and found.heads == model.config.heads
+        and found.num_heads == model.config.num_heads
         and found.num_classes == 7
     )
     assert found.mid_mask_block == model.config.mid_mask_block

@@ -3,7 +3,13 @@ import numpy as np
 import pytest
 import torch
 
-from edt.diffusion import LossSecondMomentSampler, create_diffusion, create_timestep_sampler
+from edt.diffusion import (
+    DDIMSampler,
+    DDPMSampler,
+    LossSecondMomentSampler,
+    create_diffusion,
+    create_timestep_sampler,
+)
 from edt.models import EDT_models
 from edt.utils.errors import UserError
 
@@ -61,33 +67,39 @@ def test_losses_are_those_of_the_release():
     )
     t, diffusion = torch.from_numpy(GOLDEN["losses.t"]), create_diffusion()
     assert 0 in t.tolist()  # the discretised likelihood
-    losses = diffusion.training_losses(lambda x_t, t: output, x, t, noise)
-    assert set(losses) == {"loss", "mse", "vb"}
-    for name, loss in losses.items():
+    x_t = diffusion.q_sample(x, t, noise)
+    close(x_t, GOLDEN["q_sample"])
+    for name, loss in diffusion.losses(output, x, x_t, t, noise)._asdict().items():
         close(loss, GOLDEN[f"losses.{name}"])
-    close(diffusion.q_sample(x, t, noise), GOLDEN["q_sample"])
-    for name, value in diffusion.p_mean_variance(lambda x_t, t: output, x, t).items():
+    for name, value in diffusion.p_mean_variance(output, x, t)._asdict().items():
         close(value[:, :1], GOLDEN[f"p_mean_variance.{name}"])
 
 
 def test_the_bound_trains_the_variance_and_not_the_noise():
     output = golden_rule.normal(12, 3, 8, 4, 4).requires_grad_()
-    losses = create_diffusion().training_losses(
-        lambda x, t: output,
-        golden_rule.normal(0, 3, 4, 4, 4),
-        torch.tensor([0, 5, 700]),
-        golden_rule.normal(1, 3, 4, 4, 4),
-    )
-    losses["vb"].sum().backward(retain_graph=True)
-    assert not output.grad[:, :4].any() and output.grad[:, 4:].all()
+    x, noise = golden_rule.normal(0, 3, 4, 4, 4), golden_rule.normal(1, 3, 4, 4, 4)
+    t, diffusion = torch.tensor([0, 5, 700]), create_diffusion()
+    losses = diffusion.losses(output, x, diffusion.q_sample(x, t, noise), t, noise)
+    losses.vb.sum().backward(retain_graph=True)
+    assert not output.grad[:, :4].any()
+    assert output.grad[:, 4:].all()
     output.grad = None
-    losses["mse"].sum().backward()
-    assert output.grad[:, :4].all() and not output.grad[:, 4:].any()
+    losses.mse.sum().backward()
+    assert output.grad[:, :4].all()
+    assert not output.grad[:, 4:].any()
+
+
+def test_gamma_limits_the_loss_weight():
+    t = torch.arange(1000)
+    snr = torch.from_numpy(create_diffusion().tables["alphas_cumprod"])
+    snr = snr / (1 - snr)
+    for gamma in (1.0, 5.0):
+        weight = create_diffusion(min_snr_gamma=gamma).at("min_snr_weight", t, t)
+        torch.testing.assert_close(weight, (snr.clamp(max=gamma) / snr).float())
 
 
 def test_a_perfect_model_has_no_error_and_the_posterior_of_gaussian_data():
     """Data N(0, 1) stays N(0, 1), and the optimal noise prediction is sqrt(1 - alpha_bar) x."""
-    diffusion = create_diffusion("100")
     sigma = torch.from_numpy(np.sqrt(1 - create_diffusion().tables["alphas_cumprod"])).float()
 
     def optimal(x, t):
@@ -95,21 +107,19 @@ def test_a_perfect_model_has_no_error_and_the_posterior_of_gaussian_data():
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 1, 64, 64, generator=generator)
-    out = diffusion.p_sample_loop(
+    out = DDPMSampler("100").sample(
         optimal, x, noise_at=lambda i: torch.randn(x.shape, generator=generator)
     )
     assert out.std() == pytest.approx(1, abs=0.03) and out.mean() == pytest.approx(0, abs=0.03)
-    out = create_diffusion("1000").ddim_sample_loop(
-        optimal, x
-    )  # the exact flow of this process is the identity
+    out = DDIMSampler("1000").sample(optimal, x)  # the exact flow of this process is the identity
     torch.testing.assert_close(out, x, atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("case", "spec", "loop"),
-    [("ddpm10", "10", "p_sample_loop"), ("ddim10", "ddim10", "ddim_sample_loop")],
+    ("case", "spec", "sampler"),
+    [("ddpm10", "10", DDPMSampler), ("ddim10", "ddim10", DDIMSampler)],
 )
-def test_loops_are_those_of_the_release(case, spec, loop):
+def test_loops_are_those_of_the_release(case, spec, sampler):
     model = golden_rule.fill(EDT_models["EDT-S/2"]()).eval()
     model.set_amm("auto")
     drawn = []
@@ -119,13 +129,13 @@ def test_loops_are_those_of_the_release(case, spec, loop):
         return golden_rule.normal(1000 + i, 2, 4, 32, 32)
 
     z, y = golden_rule.normal(20, 2, 4, 32, 32), torch.tensor([5, 700])
-    out = getattr(create_diffusion(spec), loop)(model, z, {"y": y}, noise_at=noise_at)
+    out = sampler(spec).sample(model, z, {"y": y}, noise_at=noise_at)
     close(out, GOLDEN[f"loop.{case}"])
     assert drawn == (list(range(1, 10)) if case == "ddpm10" else [])
 
 
 def test_ddim_with_eta_one_is_ancestral_with_the_smaller_variance():
-    diffusion, x = create_diffusion("20"), golden_rule.normal(0, 2, 1, 4, 4)
+    x = golden_rule.normal(0, 2, 1, 4, 4)
 
     def model(x, t):  # v = -1: the posterior variance
         return torch.cat([0.3 * x, -torch.ones_like(x)], dim=1)
@@ -133,12 +143,29 @@ def test_ddim_with_eta_one_is_ancestral_with_the_smaller_variance():
     def noise_at(i):
         return golden_rule.normal(i, 2, 1, 4, 4)
 
-    torch.testing.assert_close(
-        diffusion.ddim_sample_loop(model, x, noise_at=noise_at, eta=1.0),
-        diffusion.p_sample_loop(model, x, noise_at=noise_at),
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    ddim = DDIMSampler("20", eta=1.0).sample(model, x, noise_at=noise_at)
+    ddpm = DDPMSampler("20").sample(model, x, noise_at=noise_at)
+    torch.testing.assert_close(ddim, ddpm, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_is_asked_once_a_step_with_its_own_integer_timestep():
+    asked, received = [], []
+
+    def scale(timestep):
+        asked.append(timestep)
+        return 1.0 + timestep
+
+    def model(x, t, cfg_scale):
+        received.append((int(t[0]), cfg_scale))
+        return torch.cat([x, x], dim=1)
+
+    for sampler in (DDPMSampler("7"), DDIMSampler("7")):
+        asked.clear()
+        received.clear()
+        sampler.sample(model, torch.zeros(1, 1, 2, 2), guidance_scale=scale)
+        assert asked == sampler.timesteps
+        assert all(type(timestep) is int for timestep in asked)
+        assert received == [(timestep, 1.0 + timestep) for timestep in asked]
 
 
 def test_timestep_sampler_is_that_of_the_release():

@@ -1,8 +1,7 @@
-import pytest
 import torch
 from scipy.stats import chisquare, kstest
 
-from edt.utils.randomness import epoch_order, generator, integers, normal
+from edt.utils.randomness import ImageNoise, generator, integers, normal
 
 
 def test_a_generator_is_a_function_of_seed_stream_and_step():
@@ -23,13 +22,18 @@ def test_noise_of_an_image_depends_on_its_index_only():
     assert normal(0, "a", 0, indices, (3, 1), "cpu").shape == (100, 3, 1)  # an odd number
 
 
+def test_image_noise_is_the_noise_of_a_stream_at_each_step():
+    indices = torch.tensor([4, 9])
+    noise = ImageNoise(3, indices, (2, 5), torch.device("cpu"))
+    assert torch.equal(noise(7), normal(3, "noise", 7, indices, (2, 5), "cpu"))
+    assert not torch.equal(noise(0), noise(1))
+
+
 def test_noise_is_normal_and_uncorrelated():
     noise = normal(0, "noise", 0, torch.arange(400), (1024,), "cpu")
     assert kstest(noise.flatten().numpy(), "norm").pvalue > 0.01
-    assert (
-        kstest(noise[:, 0].numpy(), "norm").pvalue > 0.01
-        and kstest(noise[0].numpy(), "norm").pvalue > 0.01
-    )
+    assert kstest(noise[:, 0].numpy(), "norm").pvalue > 0.01
+    assert kstest(noise[0].numpy(), "norm").pvalue > 0.01
     for correlation in (torch.corrcoef(noise), torch.corrcoef(noise[:, ::4].T)):
         off = correlation - torch.eye(len(correlation))
         bound = 6 / (1024 if len(off) == 400 else 400) ** 0.5
@@ -46,11 +50,3 @@ def test_integers_are_uniform():
     assert drawn.min() == 0 and drawn.max() == 999
     assert chisquare(torch.bincount(drawn, minlength=1000).numpy()).pvalue > 0.01
     assert torch.equal(integers(0, "labels", 0, torch.tensor([49_999]), 1000), drawn[-1:])
-
-
-@pytest.mark.parametrize("count", [1, 17, 1000])
-def test_an_epoch_visits_every_image_once(count):
-    order = epoch_order(0, 3, count)
-    assert torch.equal(order.sort().values, torch.arange(count))
-    if count > 1:
-        assert not torch.equal(order, epoch_order(0, 4, count))

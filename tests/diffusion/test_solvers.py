@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from edt.checkpoints.folder import build
-from edt.diffusion import FEW_STEP_SOLVERS, FewStepSolver, create_diffusion
+from edt.diffusion import create_diffusion, create_sampler
 from edt.models import EDT, EDT_models
-from edt.sampling.generate import Recipe, sample_latents
+from edt.registry import create_model
+from edt.sampling.config import SamplingConfig
+from edt.sampling.generate import sample_latents
 from edt.utils.errors import UserError
 from edt.utils.randomness import normal
 
 ALPHA_BAR = create_diffusion().tables["alphas_cumprod"]
+FEW_STEP_SOLVERS = ("dpm++", "unipc")
 STD = 0.5  # of the data
 
 
@@ -60,11 +62,11 @@ def gaussian():
     return model
 
 
-def draw(model, indices=(0, 1, 2), label=1, **recipe) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(model, indices=(0, 1, 2), label=1, **config) -> tuple[torch.Tensor, torch.Tensor]:
     """(first noise, latents) of some images of one class."""
-    recipe, indices = Recipe(**recipe), torch.tensor(indices)
-    latents = sample_latents(model, recipe, indices, torch.full((len(indices),), label))
-    return normal(recipe.seed, "noise", 0, indices, tuple(latents.shape[1:]), "cpu"), latents
+    config, indices = SamplingConfig(**config), torch.tensor(indices)
+    latents = sample_latents(model, config, indices, torch.full((len(indices),), label))
+    return normal(config.seed, "noise", 0, indices, tuple(latents.shape[1:]), "cpu"), latents
 
 
 def solve(solver: str, steps: int, x: torch.Tensor, mean: float) -> tuple[torch.Tensor, int]:
@@ -73,11 +75,8 @@ def solve(solver: str, steps: int, x: torch.Tensor, mean: float) -> tuple[torch.
     def model(x, t):
         return torch.cat([best_noise(x, int(t[0]), mean), x], dim=1)
 
-    if solver == "ddim":
-        diffusion = create_diffusion(steps)
-        return diffusion.ddim_sample_loop(model, x), int(diffusion.timestep_map[-1])
-    few = FewStepSolver(solver, steps)
-    return few.sample_loop(model, x), few.timesteps[0]
+    sampler = create_sampler(solver, steps)
+    return sampler.sample(model, x), sampler.timesteps[0]
 
 
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpm++", 2), ("unipc", 2)])
@@ -95,7 +94,8 @@ def test_error_falls_at_the_order_of_the_solver(solver, order):
 @pytest.mark.parametrize("steps", [1, 5, 61, 250, 999])
 def test_few_step_solvers_visit_even_timesteps_from_999_down(solver, steps, gaussian):
     expected = [round(999 * k / steps) for k in range(steps, 0, -1)]
-    assert FewStepSolver(solver, steps).timesteps == expected and len(set(expected)) == steps
+    assert create_sampler(solver, steps).timesteps == expected
+    assert len(set(expected)) == steps
     draw(gaussian, solver=solver, num_sampling_steps=str(steps))
     assert gaussian.seen == expected  # the model sees t of the 1000-step process
 
@@ -113,8 +113,8 @@ def test_one_step_returns_the_predicted_clean_latent(solver):
     "steps", ["10,15,25", "ddim50", "", "0", "-1", "1000", "1001", "2.5", "ten"]
 )
 def test_impossible_steps_are_refused(solver, steps):
-    with pytest.raises(UserError, match="--solver"):
-        Recipe(solver=solver, num_sampling_steps=steps)
+    with pytest.raises(UserError, match="few-step solvers take"):
+        SamplingConfig(solver=solver, num_sampling_steps=steps)
 
 
 @pytest.mark.parametrize(
@@ -162,12 +162,12 @@ def test_guidance_acts_inside_its_interval_only(gaussian, solver):
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++", "unipc"])
 def test_scale_one_is_the_conditional_model_at_the_cost_of_one_forward(solver):
-    model = golden_rule.fill(build("EDT-Tiny/2", input_size=8, num_classes=5)).eval()
+    model = golden_rule.fill(create_model("EDT-Tiny/2", input_size=8, num_classes=5)).eval()
     rows = []
     model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     _, plain = draw(model, solver=solver, num_sampling_steps="4")
     assert rows == [3] * 4
-    model.forward_with_cfg = lambda x, t, y, scale, channels: model(x, t, y)
+    model.forward_with_cfg = lambda x, t, y, cfg_scale, channels: model(x, t, y)
     assert torch.equal(plain, draw(model, solver=solver, num_sampling_steps="4")[1])
     del model.forward_with_cfg
     rows.clear()
@@ -180,6 +180,6 @@ def test_scale_one_is_the_conditional_model_at_the_cost_of_one_forward(solver):
 @pytest.mark.parametrize("interval", [(600, 200), (-1, 5), (0, 1000)])
 def test_impossible_guidance_is_refused(interval):
     with pytest.raises(UserError, match="--cfg-interval"):
-        Recipe(cfg_interval=interval)
-    with pytest.raises(UserError, match="--cfg-channels"):
-        Recipe(cfg_channels="2")
+        SamplingConfig(cfg_interval=interval)
+    with pytest.raises(UserError, match="cfg_channels"):
+        SamplingConfig(cfg_channels="2")
