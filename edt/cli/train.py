@@ -26,14 +26,14 @@ from edt.cli.arguments import (
 from edt.cli.build import check_speed
 from edt.cli.main import exit_on_user_error
 from edt.data.batches import steps_per_epoch
-from edt.data.features import open_features
+from edt.data.features import Features, open_features
 from edt.data.vae import load_vae
 from edt.diffusion import TIMESTEP_SAMPLERS
 from edt.masking import MASKINGS
 from edt.registry import MODELS, create_model
 from edt.training.accelerator import create_accelerator
 from edt.training.config import PASS_NOISES, LoopConfig, TrainConfig, default_init_lr
-from edt.training.init_from import init_from
+from edt.training.init_from import InitReport, init_from
 from edt.training.loop import configure_logging, training_loop
 from edt.training.metrics import Tracker, check_tracker, drop_rows_after, start_tracker
 from edt.training.optim import OPTIMIZERS
@@ -176,6 +176,38 @@ def find_run(args: argparse.Namespace) -> tuple[Path, Path | None]:
     return choose_run_dir(run_dir, results_dir, args.model, resume), resume
 
 
+def create_trainer(
+    args: argparse.Namespace, config: TrainConfig, features: Features, image_size: int | None
+) -> tuple[Trainer, InitReport | None]:
+    """The trainer of a fresh network, and what --init-from copied into the network."""
+    accelerator = create_accelerator()
+    check_speed(args, accelerator.device)
+    channels, side, _ = features.latent_shape
+    torch.manual_seed(config.seed)  # the initial weights
+    model = create_model(
+        args.model,
+        input_size=side,
+        in_channels=channels,
+        num_classes=features.num_classes,
+        image_size=image_size,
+    )
+    report = None
+    if args.init_from:
+        report = init_from(model, read_weights(args.init_from).tensors)
+    model.set_attention(args.attention)
+    trainer = Trainer(
+        model, config, accelerator, args.micro_batch_size, args.separate_passes, args.compile
+    )
+    return trainer, report
+
+
+def log_init_report(source: str, report: InitReport) -> None:
+    """Log which parameters --init-from kept, resized and left new."""
+    for outcome, names in report._asdict().items():
+        shown = ", ".join(names[:8])
+        logging.info("from %s: %d parameters %s: %s", source, len(names), outcome, shown)
+
+
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
     """Train; returns the exit code."""
@@ -190,30 +222,13 @@ def main(argv: list[str] | None = None) -> int:
     epoch_steps = steps_per_epoch(len(features), config.global_batch_size)
     args.max_steps = args.max_steps or args.epochs * epoch_steps
     loop_config: LoopConfig = from_arguments(LoopConfig, args)
-
-    accelerator = create_accelerator()
-    check_speed(args, accelerator.device)
-    channels, side, _ = features.latent_shape
-    torch.manual_seed(config.seed)  # the initial weights
-    model = create_model(
-        args.model,
-        input_size=side,
-        in_channels=channels,
-        num_classes=features.num_classes,
-        image_size=info.image_size,
-    )
-    report = None
-    if args.init_from:
-        report = init_from(model, read_weights(args.init_from).tensors)
-    model.set_attention(args.attention)
-    trainer = Trainer(
-        model, config, accelerator, args.micro_batch_size, args.separate_passes, args.compile
-    )
+    trainer, report = create_trainer(args, config, features, info.image_size)
+    accelerator, model_config = trainer.accelerator, trainer.model.config
 
     # The first process decides: the others may see the results folder a moment later.
     folder, resume = broadcast_object_list([*find_run(args)])
     run_dir = RunDirectory(
-        folder, args.model, model.config, info.to_dict(), args.keep_last, args.keep_every
+        folder, args.model, model_config, info.to_dict(), args.keep_last, args.keep_every
     )
     is_main = accelerator.is_main_process
     with lock_run_dir(folder) if is_main else contextlib.nullcontext():
@@ -226,12 +241,8 @@ def main(argv: list[str] | None = None) -> int:
             logging.info("resumed %s at step %d, epoch %.2f", checkpoint, trainer.step, epoch)
         else:
             logging.info("training %s in %s: %s", args.model, folder, config)
-        if checkpoint is None and report is not None:
-            for name, parameters in report._asdict().items():
-                shown = ", ".join(parameters[:8])
-                logging.info(
-                    "from %s: %d parameters %s: %s", args.init_from, len(parameters), name, shown
-                )
+            if report is not None:
+                log_init_report(args.init_from, report)
         if is_main:
             drop_rows_after(run_dir.metrics, trainer.step)
         if args.tracker:
