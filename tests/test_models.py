@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from edt.masking import EDT_RATIOS, MID_RATIO, TokenMasks, draw_masks
-from edt.models import HEAD_DIM, EDT, EDT_models, EDTConfig
+from edt.models import EDT, HEAD_DIM, EDT_models, EDTConfig
 from edt.utils.errors import UserError
 
 GOLDEN = golden_rule.load("edt.npz")
