@@ -1,4 +1,4 @@
-"""What a user can do wrong: one line that names the thing and the mend, exit code 2, before work
+"""What a user can do wrong: one line that names the thing and the remedy, exit code 2, before work
 starts.
 """
 
@@ -60,7 +60,7 @@ def test_resume_without_a_checkpoint_or_of_another_run_is_refused(
     )
 
 
-def test_a_folder_of_another_recipe_is_refused(run_folder, tmp_path, capsys):
+def test_a_folder_of_samples_with_other_settings_is_refused(run_folder, tmp_path, capsys):
     argv = ["--ckpt", str(run_folder), *SAMPLE, "--output-dir", str(tmp_path)]
     image_generator_ddp.main(argv)
     assert "labels: uniform -> balanced" in fails(
@@ -469,7 +469,7 @@ def test_a_run_of_damaged_checkpoints_is_left_alone(run_folder, features, tmp_pa
     os.truncate(checkpoint / "ema.safetensors", 1000)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert "another --run-dir" in fails(train_mask_adan.main, argv, capsys)
-    assert "no whole checkpoint" in fails(
+    assert "every checkpoint in" in fails(
         image_generator_ddp.main, ["--ckpt", tmp_path / "run", *SAMPLE], capsys
     )
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before and list_checkpoints(
