@@ -26,6 +26,10 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
 
 
+def choice_id(value: tuple[str, ...] | str) -> str:
+    return value if isinstance(value, str) else " ".join(value)
+
+
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -175,7 +179,7 @@ def test_training_choices(choice, features, run_folder, tmp_path):
         ),
         (("--model", "EDT-Tiny/2_noAMM"), "noamm"),
     ],
-    ids=" ".join,
+    ids=choice_id,
 )
 def test_sampling_choices(choice, folder, run_folder, tmp_path, capsys):
     image_generator_ddp.main(
@@ -201,7 +205,7 @@ def test_sampling_choices(choice, folder, run_folder, tmp_path, capsys):
         ),
         (("--classes", "bee"), "amm-4-and-without"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+    ids=choice_id,
 )
 def test_class_image_choices(choice, name, run_folder, tmp_path):
     paths = ("--ckpt", str(run_folder), "--output-dir", str(tmp_path))
