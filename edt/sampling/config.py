@@ -47,6 +47,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not str(self.num_sampling_steps).strip():  # to a sampler: all 1000 timesteps
+            raise UserError("--num-sampling-steps is empty; give a number such as 250")
         _ = self.guidance  # both raise a UserError where the fields cannot be combined
         create_sampler(self.solver, self.num_sampling_steps)
 

@@ -26,53 +26,38 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
 
 
+def choice_id(value: tuple[str, ...] | str) -> str:
+    return value if isinstance(value, str) else " ".join(value)
+
+
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def weights(run: Path, which: str = "ema") -> dict:
-    return load_file(list_checkpoints(run / "checkpoints")[-1] / f"{which}.safetensors")
+def weights(run: Path, file: str = "ema") -> dict[str, torch.Tensor]:
+    """The tensors of a file of the run's newest checkpoint."""
+    return load_file(list_checkpoints(run / "checkpoints")[-1] / f"{file}.safetensors")
 
 
 @pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["python", "torchrun"])
 def test_extraction(launcher, image_folder, tmp_path):
     layout = "packed" if launcher == TORCHRUN else "npy"
-    common = [
-        "--data-path",
-        image_folder,
-        "--vae",
-        "pixels",
-        "--image-size",
-        16,
-        "--layout",
-        layout,
-        "--shard-size",
-        9,
-    ]
-    done = run_script(
-        *launcher,
-        "extract_features.py",
-        *common,
-        "--features-path",
-        tmp_path / "a",
-        "--num-workers",
-        1,
-        "--batch-size",
-        4,
-    )
+    common = ["--data-path", image_folder, "--vae", "pixels", "--image-size", 16]
+    common += ["--layout", layout, "--shard-size", 9]
+    script = [*common, "--features-path", tmp_path / "a", "--num-workers", 1, "--batch-size", 4]
+    done = run_script(*launcher, "extract_features.py", *script)
     assert done.returncode == 0, done.stderr
-    extract_features.main(
-        [str(part) for part in [*common, "--features-path", tmp_path / "b", "--num-workers", 0]]
-    )
-    found, expected = (
+    in_process = [*common, "--features-path", tmp_path / "b", "--num-workers", 0]
+    extract_features.main([str(part) for part in in_process])
+    contents = [
         {
             path.relative_to(folder): path.read_bytes()
             for path in folder.rglob("*.*")
             if path.is_file()
         }
         for folder in (tmp_path / "a", tmp_path / "b")
-    )
-    assert found == expected
+    ]
+    assert contents[0] == contents[1]
     assert "40 images of 3 classes" in done.stdout
 
 
@@ -80,17 +65,8 @@ def test_extraction(launcher, image_folder, tmp_path):
     "launcher", [(sys.executable,), TORCHRUN, ACCELERATE], ids=["python", "torchrun", "accelerate"]
 )
 def test_training(launcher, features, run_folder, tmp_path):
-    done = run_script(
-        *launcher,
-        "train_mask_adan.py",
-        *TRAIN,
-        "--features-path",
-        features,
-        "--results-dir",
-        tmp_path,
-        "--max-steps",
-        2,
-    )
+    paths = ("--features-path", features, "--results-dir", tmp_path)
+    done = run_script(*launcher, "train_mask_adan.py", *TRAIN, *paths, "--max-steps", 2)
     run = tmp_path / "000-EDT-Tiny-2"
     assert done.returncode == 0 or (run / "checkpoints" / "0000002").is_dir(), done.stderr
     for row, expected in zip(metrics(run), metrics(run_folder), strict=True):
@@ -102,67 +78,48 @@ def test_training(launcher, features, run_folder, tmp_path):
 
 @pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["python", "torchrun"])
 def test_sampling(launcher, trained, tmp_path, capsys):
-    done = run_script(
-        *launcher,
-        "image_generator_ddp.py",
-        *SAMPLE,
-        "--ckpt",
-        trained,
-        "--per-proc-batch-size",
-        2,
-        "--output-dir",
-        tmp_path / "a",
-        "--amm",
-        "True",
-    )
+    options = ("--per-proc-batch-size", 2, "--output-dir", tmp_path / "a", "--amm", "True")
+    done = run_script(*launcher, "image_generator_ddp.py", *SAMPLE, "--ckpt", trained, *options)
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.strip().splitlines()[-1])
-    assert path.name == "samples_7x16x16x3.npz" and path.parent.name.endswith("-amm-4-6")
+    assert path.name == "samples_7x16x16x3.npz"
+    assert path.parent.name.endswith("-amm-4-6")
     image_generator_ddp.main(
         [*SAMPLE, "--ckpt", str(trained), "--output-dir", str(tmp_path / "b"), "--amm"]
     )
     other = Path(capsys.readouterr().out.strip().splitlines()[-1])
     a, b = (np.load(file)["arr_0"].astype(int) for file in (path, other))
-    assert a.shape == (7, 16, 16, 3) and a.std() > 1
-    assert np.abs(a - b).max() <= 1 and (a != b).mean() < 0.001
+    assert a.shape == (7, 16, 16, 3)
+    assert a.std() > 1
+    assert np.abs(a - b).max() <= 1
+    assert (a != b).mean() < 0.001
     assert np.array_equal(np.load(path.parent / "labels.npy"), np.load(other.parent / "labels.npy"))
-    recipe = json.loads((path.parent / "recipe.json").read_text())
-    assert recipe["amm"]["blocks"] == [4, 6] and recipe["cfg_scale"] == 1.5 and recipe["seed"] == 42
-    assert recipe == json.loads((other.parent / "recipe.json").read_text())
+    settings = json.loads((path.parent / "recipe.json").read_text())
+    assert settings["amm"]["blocks"] == [4, 6]
+    assert settings["cfg_scale"] == 1.5
+    assert settings["seed"] == 42
+    assert settings == json.loads((other.parent / "recipe.json").read_text())
 
 
 def test_class_images(trained, tmp_path):
-    done = run_script(
-        sys.executable,
-        "image_generator.py",
-        "--ckpt",
-        trained,
-        "--num-sampling-steps",
-        2,
-        "--classes",
-        "Cat",
-        0,
-        "--num-variations",
-        3,
-        "--output-dir",
-        tmp_path,
-    )
+    argv = ["--ckpt", trained, "--num-sampling-steps", 2, "--output-dir", tmp_path]
+    argv += ["--classes", "Cat", 0, "--num-variations", 3]
+    done = run_script(sys.executable, "image_generator.py", *argv)
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.strip().splitlines()[-1])
-    assert (
-        path == tmp_path / "seed1-cfg4.0" / "grid-amm-4-and-without.png"
-        and "rows: 2 cat; 0 ant" in done.stdout
-    )
+    assert path == tmp_path / "seed1-cfg4.0" / "grid-amm-4-and-without.png"
+    assert "rows: 2 cat; 0 ant" in done.stdout
     picture = np.asarray(Image.open(path)).astype(int)
     assert picture.shape == (20 + 2 * (20 + 132), 9 * 130 + 2, 3)
     rows = [picture[top : top + 128, 2:] for top in (42, 42 + 152)]
-    images = np.stack([[row[:, 130 * i : 130 * i + 128] for i in range(9)] for row in rows])[
-        :, :, ::8, ::8
-    ]
+    enlarged = np.stack([[row[:, 130 * i : 130 * i + 128] for i in range(9)] for row in rows])
+    images = enlarged[:, :, ::8, ::8]
     on, off, difference = (images[:, i::3] for i in range(3))
-    assert np.abs(on - off).max() > 10 and len(np.unique(on.reshape(6, -1), axis=0)) == 6
+    assert np.abs(on - off).max() > 10
+    assert len(np.unique(on.reshape(6, -1), axis=0)) == 6
     assert np.array_equal(difference, 128 + (on - off) // 2)
-    assert (picture[:20] < 128).any() and (picture[20:40] < 128).any()  # captions
+    assert (picture[:20] < 128).any()  # captions of the columns
+    assert (picture[20:40] < 128).any()  # the caption of a row
 
 
 @pytest.mark.parametrize(
@@ -170,12 +127,12 @@ def test_class_images(trained, tmp_path):
     [
         ("--masking", "none"),
         ("--noise", "shared"),
-        ("--schedule_sampler", "uniform"),
+        ("--schedule-sampler", "uniform"),
         ("--optimizer", "adan-pytorch"),
         ("--precision", "bf16"),
-        ("--precision", "fp32", "--mini-batch-size", "3", "--num-workers", "1"),
+        ("--precision", "fp32", "--micro-batch-size", "3", "--num-workers", "1"),
         ("--init-lr", "1e-4", "--lr-steps", "10", "--ema-decay", "0.5", "--global-seed", "1"),
-        ("--clip", "0.5"),
+        ("--max-grad-norm", "0.5"),
         ("--attention", "reference", "--separate-passes"),
         ("--num-classes", "0"),
         ("--num-classes", "5"),
@@ -185,14 +142,11 @@ def test_class_images(trained, tmp_path):
 )
 def test_training_choices(choice, features, run_folder, tmp_path):
     limit = () if "--epochs" in choice else ("--max-steps", "2")
-    assert (
-        train_mask_adan.main(
-            [*TRAIN, "--feature-path", str(features), "--run-dir", str(tmp_path), *limit, *choice]
-        )
-        == 0
-    )
+    paths = ("--feature-path", str(features), "--run-dir", str(tmp_path))
+    assert train_mask_adan.main([*TRAIN, *paths, *limit, *choice]) == 0
     rows = metrics(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2] and all(np.isfinite(row["loss"]) for row in rows)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(np.isfinite(row["loss"]) for row in rows)
     assert (rows[1]["loss_masked"] == 0) == (choice == ("--masking", "none"))
     assert any(
         not torch.equal(value, weights(run_folder).get(name, torch.empty(0)))
@@ -223,22 +177,17 @@ def test_training_choices(choice, features, run_folder, tmp_path):
             ("--labels", "2,0", "--model", "EDT-Tiny/2", "--vae", "pixels", "--image-size", "16"),
             "noamm",
         ),
-        (
-            (
-                "--model",
-                "EDT-Tiny/2_noAMM",
-            ),
-            "noamm",
-        ),
+        (("--model", "EDT-Tiny/2_noAMM"), "noamm"),
     ],
-    ids=" ".join,
+    ids=choice_id,
 )
 def test_sampling_choices(choice, folder, run_folder, tmp_path, capsys):
     image_generator_ddp.main(
         ["--ckpt", str(run_folder), *SAMPLE, "--output-dir", str(tmp_path), *choice]
     )
     path = Path(capsys.readouterr().out.strip())
-    assert path.parent.name.endswith(folder) and np.load(path)["arr_0"].shape == (7, 16, 16, 3)
+    assert path.parent.name.endswith(folder)
+    assert np.load(path)["arr_0"].shape == (7, 16, 16, 3)
     assert len(list(path.parent.glob("*.png"))) == (7 if "--png" in choice else 0)
 
 
@@ -251,133 +200,79 @@ def test_sampling_choices(choice, folder, run_folder, tmp_path, capsys):
         (("--amm", "both"), "amm-4-and-without"),
         (("--amm-blocks", "0"), "amm-0-and-without"),
         (
-            (
-                "--classes",
-                "bee",
-                "--solver",
-                "unipc",
-                "--cfg-channels",
-                "all",
-                "--cfg-interval",
-                "0",
-                "500",
-            ),
+            ("--solver", "unipc", "--cfg-channels", "all", "--cfg-interval", "0", "500"),
             "amm-4-and-without",
         ),
+        (("--classes", "bee"), "amm-4-and-without"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+    ids=choice_id,
 )
 def test_class_image_choices(choice, name, run_folder, tmp_path):
-    image_generator.main(
-        [
-            "--ckpt",
-            str(run_folder),
-            "--num-sampling-steps",
-            "2",
-            "--num-variations",
-            "1",
-            "--output-dir",
-            str(tmp_path),
-            *choice,
-        ]
-    )
+    paths = ("--ckpt", str(run_folder), "--output-dir", str(tmp_path))
+    image_generator.main([*paths, "--num-sampling-steps", "2", "--num-variations", "1", *choice])
     assert [path.name for path in tmp_path.rglob("*.png")] == [f"grid-{name}.png"]
 
 
 def test_the_same_command_continues_and_ends_where_an_uninterrupted_run_does(features, tmp_path):
     def train(run, steps, *more):
-        return train_mask_adan.main(
-            [
-                *TRAIN,
-                "--feature-path",
-                str(features),
-                "--run-dir",
-                str(tmp_path / run),
-                "--max-steps",
-                str(steps),
-                "--global-batch-size",
-                "12",
-                *more,
-            ]
-        )
+        paths = ("--feature-path", str(features), "--run-dir", str(tmp_path / run))
+        options = ("--max-steps", str(steps), "--global-batch-size", "12", *more)
+        assert train_mask_adan.main([*TRAIN, *paths, *options]) == 0
 
-    train("whole", 6)  # three steps an epoch
+    train("uninterrupted", 6)  # three steps an epoch
     train("parts", 2)
     train("parts", 4, "--resume")
     train("parts", 6)
     assert [row["step"] for row in metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
-    for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
-        assert a["loss"] == b["loss"] and a["lr"] == b["lr"]
-    for which in ("model", "ema", "optimizer", "sampler"):
-        expected, found = weights(tmp_path / "whole", which), weights(tmp_path / "parts", which)
-        assert expected.keys() == found.keys() and all(
-            torch.equal(value, found[name]) for name, value in expected.items()
-        )
-    train("other", 3)
-    train("from-a-path", 4, "--resume", str(tmp_path / "whole" / "checkpoints" / "0000006"))
-    train("by-step", 1)
-    shutil.copytree(
-        tmp_path / "whole" / "checkpoints" / "0000006",
-        tmp_path / "by-step" / "checkpoints" / "0000006",
-    )
-    train("by-step", 2, "--resume-step", "1")
-    assert metrics(tmp_path / "by-step")[-1]["step"] == 2
+    for a, b in zip(metrics(tmp_path / "uninterrupted"), metrics(tmp_path / "parts"), strict=True):
+        assert a["loss"] == b["loss"]
+        assert a["lr"] == b["lr"]
+    for file in ("model", "ema", "optimizer", "sampler"):
+        expected, tensors = (weights(tmp_path / run, file) for run in ("uninterrupted", "parts"))
+        assert expected.keys() == tensors.keys()
+        for name, value in expected.items():
+            assert torch.equal(value, tensors[name]), f"{file}/{name}"
 
 
-def test_fine_tuning_takes_what_fits(features, run_folder, tmp_path):
-    argv = [
-        *TRAIN,
-        "--feature-path",
-        str(features),
-        "--max-steps",
-        "1",
-        "--num-classes",
-        "7",
-        "--init-lr",
-        "1e-9",
-        "--lr-steps",
-        "1",
-        "--sample-every",
-        "1",
-    ]
-    assert (
-        train_mask_adan.main(
-            [*argv, "--run-dir", str(tmp_path / "tuned"), "--init-from", str(run_folder)]
-        )
-        == 0
-    )
+def test_a_demanded_checkpoint_is_where_training_continues(features, run_folder, tmp_path):
+    def train(run: str, steps: int, *demand: str) -> list[int]:
+        """The steps that the run logs."""
+        paths = ("--feature-path", str(features), "--run-dir", str(tmp_path / run))
+        assert train_mask_adan.main([*TRAIN, *paths, "--max-steps", str(steps), *demand]) == 0
+        return [row["step"] for row in metrics(tmp_path / run)]
+
+    checkpoint = str(run_folder / "checkpoints" / "0000002")
+    assert train("of-a-checkpoint", 3, "--resume", checkpoint) == [3]
+    assert train("of-a-run", 3, "--resume", str(run_folder)) == [3]
+    shutil.copytree(run_folder, tmp_path / "by-step")
+    assert train("by-step", 4) == [1, 2, 3, 4]
+    assert train("by-step", 3, "--resume-step", "2") == [1, 2, 3]
+    expected, tensors = weights(tmp_path / "of-a-run"), weights(tmp_path / "of-a-checkpoint")
+    for name, value in expected.items():
+        assert torch.equal(value, tensors[name]), name
+
+
+def test_fine_tuning_keeps_the_weights_that_fit(features, run_folder, tmp_path):
+    paths = ("--feature-path", str(features), "--run-dir", str(tmp_path / "tuned"))
+    argv = [*TRAIN, *paths, "--max-steps", "1", "--init-lr", "1e-9", "--lr-steps", "1"]
+    argv += ["--num-classes", "7", "--sample-every", "1", "--init-from", str(run_folder)]
+    assert train_mask_adan.main(argv) == 0
     before, after = weights(run_folder), weights(tmp_path / "tuned")
-    assert after["y_embedder.embedding_table.weight"].shape[0] == 8
-    torch.testing.assert_close(
-        after["y_embedder.embedding_table.weight"][-1],
-        before["y_embedder.embedding_table.weight"][-1],
-    )
-    for name in set(before) - {"y_embedder.embedding_table.weight"}:
+    table = "y_embedder.embedding_table.weight"
+    assert len(after[table]) == 8
+    torch.testing.assert_close(after[table][-1], before[table][-1])  # the null class
+    for name in set(before) - {table}:
         torch.testing.assert_close(after[name], before[name], msg=name)
     log = (tmp_path / "tuned" / "log.txt").read_text()
-    assert (
-        "1 parameters resized: y_embedder.embedding_table.weight" in log
-        and "0 parameters new" in log
-    )
-    assert np.asarray(Image.open(tmp_path / "tuned" / "samples" / "0000001.png")).shape == (
-        4 * 18 + 2,
-        8 * 18 + 2,
-        3,
-    )
+    assert f"1 parameters resized: {table}" in log
+    assert "0 parameters new" in log
+    grid = np.asarray(Image.open(tmp_path / "tuned" / "samples" / "0000001.png"))
+    assert grid.shape == (4 * 18 + 2, 8 * 18 + 2, 3)
 
 
 def test_tracker(features, tmp_path, capsys):
-    argv = [
-        *TRAIN,
-        "--feature-path",
-        str(features),
-        "--run-dir",
-        str(tmp_path / "run"),
-        "--max-steps",
-        "1",
-        "--tracker",
-        "tensorboard",
-    ]
+    paths = ("--feature-path", str(features), "--run-dir", str(tmp_path / "run"))
+    argv = [*TRAIN, *paths, "--max-steps", "1", "--tracker", "tensorboard"]
     if importlib.util.find_spec("tensorboard") is None:
         assert "pip install tensorboard" in fails(train_mask_adan.main, argv, capsys)
         assert not (tmp_path / "run").exists()
@@ -388,33 +283,27 @@ def test_tracker(features, tmp_path, capsys):
         )
 
 
-def test_sampling_again_draws_only_what_is_missing(trained, tmp_path, capsys, monkeypatch):
-    argv = [
-        "--ckpt",
-        str(trained),
-        *SAMPLE,
-        "--output-dir",
-        str(tmp_path),
-        "--per-proc-batch-size",
-        "2",
-    ]
-    image_generator_ddp.main([*argv[:-4], "--output-dir", str(tmp_path / "whole")])
-    whole = np.load(capsys.readouterr().out.strip())["arr_0"].astype(int)
+def test_sampling_again_draws_only_the_missing_images(trained, tmp_path, capsys, monkeypatch):
+    argv = ["--ckpt", str(trained), *SAMPLE, "--output-dir"]
+    image_generator_ddp.main([*argv, str(tmp_path / "uninterrupted")])
+    expected = np.load(capsys.readouterr().out.strip())["arr_0"].astype(int)
+    argv += [str(tmp_path / "again"), "--per-proc-batch-size", "2"]
     decode, calls = PixelVAE.decode, []
 
-    def dies_the_third_time(self, latents):
+    def fail_the_third_time(self, latents):
         calls.append(len(latents))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return decode(self, latents)
 
-    monkeypatch.setattr(PixelVAE, "decode", dies_the_third_time)
+    monkeypatch.setattr(PixelVAE, "decode", fail_the_third_time)
     with pytest.raises(KeyboardInterrupt):
         image_generator_ddp.main(argv)
-    assert not list(tmp_path.glob("EDT*/*.npz"))
+    assert not list((tmp_path / "again").rglob("*.npz"))
     image_generator_ddp.main(argv)
     path = capsys.readouterr().out.strip()
     assert calls == [2, 2, 2, 2, 1]
-    assert np.abs(np.load(path)["arr_0"] - whole).max() <= 1
-    image_generator_ddp.main(argv)  # nothing left to do
-    assert len(calls) == 5 and capsys.readouterr().out.strip() == path
+    assert np.abs(np.load(path)["arr_0"] - expected).max() <= 1
+    image_generator_ddp.main(argv)  # nothing is missing
+    assert len(calls) == 5
+    assert capsys.readouterr().out.strip() == path
