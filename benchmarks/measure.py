@@ -1,6 +1,4 @@
-"""What the speed benchmarks share: rows timed in turn in one run, what they ran on, dated result
-files.
-"""
+"""Shared by the speed benchmarks: rows timed in turn, the machine, dated files of results."""
 
 import argparse
 import datetime
@@ -13,15 +11,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --device and --json."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
         "--json",
         nargs="?",
         const="",
@@ -30,17 +30,33 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
 
 
+def kind(device: torch.device) -> str:
+    """Kind of a device, gpu or cpu, for the names of benchmarks."""
+    return "gpu" if device.type == "cuda" else "cpu"
+
+
 def wait(device: torch.device) -> None:
+    """Wait until a GPU has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def in_turn(
-    rows: dict[str, Callable], repeats: int, device: torch.device, warm_up: int = 1
-) -> dict[str, dict]:
-    """Seconds of each row's calls, the rows taking turns so that a busy machine is busy for all;
-    and what a call takes at its peak above what is resident, which is the state of all rows."""
-    seconds, memory = {name: [] for name in rows}, {name: 0.0 for name in rows}
+    rows: dict[str, Callable[[], Any]], repeats: int, device: torch.device, warm_up: int = 1
+) -> dict[str, dict[str, Any]]:
+    """Seconds of each row's calls, and on a GPU the memory of a call at its peak.
+
+    The rows take turns, so that a busy machine is busy for all. The memory is counted above the
+    resident one, which is the state of all rows.
+
+    Args:
+        rows: what is called, by name.
+        repeats: timed calls of each row.
+        device: where the calls compute.
+        warm_up: calls of each row before the timed ones.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    memory_gib: dict[str, float | None] = {name: None for name in rows}
     for turn in range(-warm_up, repeats):
         for name, call in rows.items():
             if device.type == "cuda":
@@ -53,15 +69,15 @@ def in_turn(
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
             if device.type == "cuda":
-                memory[name] = (torch.cuda.max_memory_allocated(device) - resident) / 2**30
+                memory_gib[name] = (torch.cuda.max_memory_allocated(device) - resident) / 2**30
     return {
         name: {
-            "median_sec": statistics.median(each),
-            "fastest_sec": min(each),
+            "median_sec": statistics.median(row_seconds),
+            "fastest_sec": min(row_seconds),
             "repeats": repeats,
-            "peak_memory_gib": memory[name] if device.type == "cuda" else None,
+            "peak_memory_gib": memory_gib[name],
         }
-        for name, each in seconds.items()
+        for name, row_seconds in seconds.items()
     }
 
 
@@ -70,22 +86,24 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return ((value.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
-def machine(device: torch.device) -> dict:
+def machine(device: torch.device) -> dict[str, Any]:
     """Hardware and versions."""
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = next(
-        (line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")),
-        platform.machine(),
-    )
+    cpu_info = Path("/proc/cpuinfo")
+    cpu = cpu_info.read_text() if cpu_info.exists() else ""
+    cpu_names = [
+        line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")
+    ]
+    cpu_name = cpu_names[0] if cpu_names else platform.machine()
+    is_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else model,
+        "device": torch.cuda.get_device_name(device) if is_gpu else cpu_name,
         "cpu_threads": torch.get_num_threads(),
         "avx512_bf16": "avx512_bf16" in cpu,
         "load_average": os.getloadavg()[0],
         "process_peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "torch": torch.__version__,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "triton": _triton_version() if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if is_gpu else None,
+        "triton": _triton_version() if is_gpu else None,
         "python": platform.python_version(),
     }
 
@@ -102,31 +120,32 @@ def finish(
     name: str,
     args: argparse.Namespace,
     device: torch.device,
-    rows: dict[str, dict],
+    rows: dict[str, dict[str, Any]],
     gates: dict[str, float],
 ) -> None:
-    """Print the rows and, if asked, keep them; ``rows[...]["ratio"]`` is against the row
-    "reference".
+    """Print the rows and, with --json, write them to a file.
+
+    Args:
+        name: of the benchmark.
+        args: has what :func:`add_arguments` added.
+        device: where the rows computed.
+        rows: of :func:`in_turn`; each gets its "ratio" to the row "reference".
+        gates: errors that were checked, by name.
     """
     for row in rows.values():
         row["ratio"] = rows["reference"]["median_sec"] / row["median_sec"]
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     result = {
         "benchmark": name,
-        "command": command,
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "machine": machine(device),
         "rows": rows,
         "gates": gates,
     }
     for label, row in rows.items():
-        print(
-            f"{label:34}"
-            + "  ".join(
-                f"{key} {round(value, 4)}" for key, value in row.items() if value is not None
-            )
-        )
-    print("correctness", json.dumps({gate: float(f"{value:.2g}") for gate, value in gates.items()}))
+        values = [f"{key} {round(value, 4)}" for key, value in row.items() if value is not None]
+        print(f"{label:34}{'  '.join(values)}")
+    print("correctness", json.dumps({gate: float(f"{error:.2g}") for gate, error in gates.items()}))
     print(json.dumps(result["machine"]))
     if args.json is not None:
         path = Path(args.json) if args.json else RESULTS / f"{result['date']}-{name}.json"

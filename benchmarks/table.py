@@ -1,4 +1,4 @@
-"""Put the speed table made of benchmarks/results/*.json between its markers in README.md.
+"""Write the speed table of benchmarks/results/*.json between its markers in README.md.
 
 python benchmarks/table.py          # --check: only say whether the README is up to date
 """
@@ -14,7 +14,7 @@ BEGIN, END = "<!-- speed: begin, made by benchmarks/table.py -->", "<!-- speed: 
 
 
 def table() -> str:
-    """Markdown: of each benchmark the newest result."""
+    """The newest result of each benchmark, in Markdown."""
     newest = {}
     for path in sorted(measure.RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
@@ -25,18 +25,17 @@ def table() -> str:
         "| --- | --- | ---: | ---: | ---: |",
     ]
     for result in newest.values():
-        where = f"{result['machine']['device']}, {result['machine']['cpu_threads']} threads, torch {result['machine']['torch']}"
+        machine = result["machine"]
+        hardware = f"{machine['device']}, {machine['cpu_threads']} threads"
+        origin = f"{result['date']}, {hardware}, torch {machine['torch']}"
         for name, row in result["rows"].items():
-            first = (
-                f"`{result['command']}` ({result['date']}, {where})" if name == "reference" else ""
-            )
-            lines.append(
-                f"| {first} | {name} | {row['median_sec']:.3g} | {row['images_per_sec']:.3g} | {row['ratio']:.2f} |"
-            )
+            command = f"`{result['command']}` ({origin})" if name == "reference" else ""
+            speed = f"{row['median_sec']:.3g} | {row['images_per_sec']:.3g} | {row['ratio']:.2f}"
+            lines.append(f"| {command} | {name} | {speed} |")
     return "\n".join(lines)
 
 
-def main() -> int:
+def main() -> int | str:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,14 +44,11 @@ def main() -> int:
     text = README.read_text()
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
-    fresh = f"{head}{BEGIN}\n{table()}\n{END}{tail}"
-    if args.check:
-        return (
-            0
-            if fresh == text
-            else "error: README.md's speed table is not what benchmarks/results says; run benchmarks/table.py"
-        )
-    README.write_text(fresh)
+    updated = f"{head}{BEGIN}\n{table()}\n{END}{tail}"
+    if not args.check:
+        README.write_text(updated)
+    elif updated != text:
+        return "error: README.md's speed table is out of date; run benchmarks/table.py"
     return 0
 
 

@@ -1,8 +1,9 @@
-"""The whole of EDT on real images in minutes on a CPU: features, masked training, sampling with and
-without AMM, evaluation, pictures. Runs the five scripts as a user would on a folder of their own,
-here scikit-learn's digits.
+"""All of EDT on real images, in minutes on a CPU.
 
     make demo        # or: python tools/demo.py [--out runs/demo]
+
+Features, masked training, sampling with and without AMM, evaluation and pictures. The demo runs the
+five scripts as a user would, on a folder of images: here scikit-learn's digits.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,188 +21,196 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from edt.sampling.image_grid import grid
+from edt.sampling.image_grid import make_grid
 from edt.training.plots import plot_losses
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZE = 16  # pixels: token grids of 8, 4 and 2
-STEPS, BATCH, SAMPLES, CFG = 900, 64, 200, 3.0
+IMAGE_SIZE = 16  # pixels: token grids of 8, 4 and 2
+STEPS, BATCH_SIZE, SAMPLES, CFG_SCALE = 900, 64, 200, 3.0
+HELD_BACK = 5  # every fifth image is not trained on
+CLASSES, GRID_ROWS, AMM_ROWS, ENLARGEMENT = 10, 8, 3, 3  # of the pictures
 
 
-def main() -> None:
+class Samples(NamedTuple):
+    """A file of samples and its scores."""
+
+    name: str  # of its row in the table
+    path: Path  # the .npz
+    scores: dict[str, Any]  # of evaluator.py
+
+
+Images = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Images (n, S, S) uint8 and labels (n,) of each split, "train" and "test"."""
+
+
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "demo")
     p.add_argument("--steps", type=int, default=STEPS, help="training steps")
-    has_bf16 = any(
-        flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16")
-    )
+    cpu = Path("/proc/cpuinfo").read_text()
+    has_bf16 = "avx512_bf16" in cpu or "amx_bf16" in cpu
     p.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if has_bf16 else "fp32")
-    args = p.parse_args()
-    precision = args.precision
-    start, out = time.perf_counter(), args.out
-
-    real = make_image_folders(out / "images")
-    script(
-        "extract_features.py",
-        "--data-path",
-        out / "images/train",
-        "--features-path",
-        out / "features",
-        "--vae",
-        "pixels",
-        "--image-size",
-        SIZE,
-        "--no-flip",
-        "--num-workers",
-        2,
-    )
-    script(
-        "train_mask_adan.py",
-        "--model",
-        "EDT-Tiny/2",
-        "--feature-path",
-        out / "features",
-        "--run-dir",
-        out / "run",
-        "--global-batch-size",
-        BATCH,
-        "--max-steps",
-        args.steps,
-        "--init-lr",
-        3e-3,
-        "--lr-steps",
-        args.steps,
-        "--ema-decay",
-        0.99,
-        "--precision",
-        precision,
-        "--log-every",
-        20,
-        "--ckpt-every",
-        500,
-        "--num-workers",
-        0,
-    )
-    sampling = (
-        "--ckpt",
-        out / "run",
-        "--cfg-scale",
-        CFG,
-        "--num-sampling-steps",
-        50,
-        "--precision",
-        precision,
-    )
-    rows = []
-    for amm in ("True", "False"):
-        printed = script(
-            "image_generator_ddp.py",
-            *sampling,
-            "--amm",
-            amm,
-            "--num-images",
-            SAMPLES,
-            "--labels",
-            "balanced",
-            "--per-proc-batch-size",
-            100,
-            "--output-dir",
-            out / "samples",
-        )
-        samples = Path(printed.strip().splitlines()[-1])
-        scores = out / f"scores-amm-{amm.lower()}.json"
-        script(
-            "evaluator.py", out / "images/train", samples, "--features", "pixels", "--json", scores
-        )
-        rows.append(
-            (
-                f"EDT-Tiny, AMM {'on' if amm == 'True' else 'off'}",
-                samples,
-                json.loads(scores.read_text()),
-            )
-        )
-    script(
-        "image_generator.py",
-        *sampling,
-        "--classes",
-        *range(10),
-        "--num-variations",
-        4,
-        "--output-dir",
-        out / "visual",
-    )
-
-    draw(out, rows)
-    report(rows, real, time.perf_counter() - start, precision, out)
+    return p
 
 
-def script(name: str, *arguments) -> str:
-    """Run one of the project's scripts as a process; returns what it printed."""
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    print("\n$ python", " ".join([name, *map(str, arguments)]), flush=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    print(done.stdout, end="", flush=True)
-    return done.stdout
+def run_script(name: str, *paths: Path, **options: Any) -> str:
+    """Run one of the project's scripts as a process; returns what it printed.
 
-
-def make_image_folders(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """1,797 handwritten digits as PNGs, one sub-folder a digit, a fifth held back; returns {split:
-    (images, labels)}.
+    ``data_path=folder`` becomes ``--data-path folder``; True stands for a flag without a value.
     """
+    arguments = [str(path) for path in paths]
+    for option, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        arguments.append(f"--{option.replace('_', '-')}")
+        arguments += [str(part) for part in values if part is not True]
+    print("\n$ python", name, *arguments, flush=True)
+    command = [sys.executable, str(ROOT / name), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    print(process.stdout, end="", flush=True)
+    return process.stdout
+
+
+def make_image_folders(folder: Path) -> Images:
+    """Write 1,797 handwritten digits as PNGs, one sub-folder per digit, in two splits."""
     digits = load_digits()
     splits: dict[str, list] = {"train": [], "test": []}
     for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        split = "test" if i % 5 == 4 else "train"
-        image = Image.fromarray((pixels * 255 / 16).astype(np.uint8)).resize(
-            (SIZE, SIZE), Image.Resampling.BICUBIC
-        )
+        split = "test" if i % HELD_BACK == HELD_BACK - 1 else "train"
+        image = Image.fromarray((pixels * 255 / 16).astype(np.uint8))
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
         path = folder / split / str(label) / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
         splits[split].append((np.asarray(image), label))
-    return {
-        split: tuple(map(np.stack, zip(*pairs, strict=True))) for split, pairs in splits.items()
-    }
+    images = {}
+    for split, pairs in splits.items():
+        pictures, labels = zip(*pairs, strict=True)
+        images[split] = (np.stack(pictures), np.stack(labels))
+    return images
 
 
-def draw(out: Path, rows: list) -> None:
-    """The PNGs: samples, AMM on and off from the same noise, losses."""
-    on, off = (
-        np.load(samples)["arr_0"][:80].reshape(8, 10, SIZE, SIZE, 3) for _, samples, _ in rows
+def train(out: Path, steps: int, precision: str) -> None:
+    """Extract features and train."""
+    run_script(
+        "extract_features.py",
+        data_path=out / "images/train",
+        features_path=out / "features",
+        vae="pixels",
+        image_size=IMAGE_SIZE,
+        no_flip=True,
+        num_workers=2,
     )
-    pictures = {
-        "samples.png": on,
-        "amm-on-off.png": np.stack([on[:3], off[:3]], axis=1).reshape(6, 10, SIZE, SIZE, 3),
+    run_script(
+        "train_mask_adan.py",
+        model="EDT-Tiny/2",
+        feature_path=out / "features",
+        run_dir=out / "run",
+        global_batch_size=BATCH_SIZE,
+        max_steps=steps,
+        init_lr=3e-3,
+        lr_steps=steps,
+        ema_decay=0.99,
+        precision=precision,
+        log_every=20,
+        ckpt_every=500,
+        num_workers=0,
+    )
+
+
+def sample(out: Path, precision: str) -> list[Samples]:
+    """Sample with and without AMM and evaluate both; draw the grid of all classes."""
+    sampling = {
+        "ckpt": out / "run",
+        "cfg_scale": CFG_SCALE,
+        "num_sampling_steps": 50,
+        "precision": precision,
     }
+    samples = []
+    for amm in (True, False):
+        printed = run_script(
+            "image_generator_ddp.py",
+            **sampling,
+            amm=str(amm),
+            num_images=SAMPLES,
+            labels="balanced",
+            per_proc_batch_size=100,
+            output_dir=out / "samples",
+        )
+        path = Path(printed.strip().splitlines()[-1])
+        scores = out / f"scores-amm-{str(amm).lower()}.json"
+        run_script("evaluator.py", out / "images/train", path, features="pixels", json=scores)
+        name = f"EDT-Tiny, AMM {'on' if amm else 'off'}"
+        samples.append(Samples(name, path, json.loads(scores.read_text())))
+    run_script(
+        "image_generator.py",
+        **sampling,
+        classes=list(range(CLASSES)),
+        num_variations=4,
+        output_dir=out / "visual",
+    )
+    return samples
+
+
+def draw(out: Path, samples: list[Samples]) -> None:
+    """Write the pictures: samples, AMM on and off from the same noise, losses.
+
+    Args:
+        out: folder of the demo.
+        samples: with AMM, then without; at least ``GRID_ROWS * CLASSES`` images each.
+    """
+    with_amm, without_amm = (
+        np.load(path)["arr_0"][: GRID_ROWS * CLASSES].reshape(
+            GRID_ROWS, CLASSES, IMAGE_SIZE, IMAGE_SIZE, 3
+        )
+        for _, path, _ in samples
+    )
+    # A row with AMM, then the same noise without, and so on.
+    pairs = np.stack([with_amm[:AMM_ROWS], without_amm[:AMM_ROWS]], axis=1)
+    pictures = {"samples.png": with_amm, "amm-on-off.png": np.concatenate(pairs)}
     for name, images in pictures.items():
-        image = Image.fromarray(grid(torch.from_numpy(images)).numpy())
-        image.resize((image.width * 3, image.height * 3), Image.Resampling.NEAREST).save(out / name)
+        image = Image.fromarray(make_grid(torch.from_numpy(images)).numpy())
+        size = (image.width * ENLARGEMENT, image.height * ENLARGEMENT)
+        image.resize(size, Image.Resampling.NEAREST).save(out / name)
     plot_losses(out / "run" / "metrics.jsonl", out / "losses.png")
 
 
-def report(rows: list, real: dict, seconds: float, precision: str, out: Path) -> None:
-    """The table."""
-    flat = {
+def report(samples: list[Samples], real: Images) -> str:
+    """The table of scores, with the share of samples that a classifier puts into their class."""
+    vectors = {
         split: (images.reshape(len(images), -1) / 255, labels)
         for split, (images, labels) in real.items()
     }
-    classifier = SVC().fit(*flat["train"])
-    print(
-        f"\n{'':24}{'distance':>10}{'precision':>11}{'recall':>8}{'in its class':>14}    (pixel space, {SAMPLES} samples)"
-    )
-    for name, samples, scores in rows:
-        images = np.load(samples)["arr_0"].mean(axis=-1).reshape(SAMPLES, -1) / 255
-        share = (classifier.predict(images) == np.load(samples.parent / "labels.npy")).mean()
-        print(
-            f"{name:24}{scores['frechet_distance']:10.3f}{scores['precision']:11.3f}{scores['recall']:8.3f}{share:13.1%}"
-        )
-    print(f"{'held-back real digits':24}{'':29}{classifier.score(*flat['test']):13.1%}")
-    print(
-        f"\n{seconds / 60:.1f} minutes in {precision}; pictures in {out}: samples.png, amm-on-off.png, losses.png, visual/"
-    )
+    classifier = SVC().fit(*vectors["train"])
+    header = f"{'':24}{'distance':>10}{'precision':>11}{'recall':>8}{'in its class':>14}"
+    lines = [f"{header}    (pixel space, {SAMPLES} samples)"]
+    for name, path, scores in samples:
+        images = np.load(path)["arr_0"].mean(axis=-1)
+        predicted = classifier.predict(images.reshape(len(images), -1) / 255)
+        share = (predicted == np.load(path.parent / "labels.npy")).mean()
+        distance, precision = scores["frechet_distance"], scores["precision"]
+        scores_text = f"{distance:10.3f}{precision:11.3f}{scores['recall']:8.3f}"
+        lines.append(f"{name:24}{scores_text}{share:13.1%}")
+    share = classifier.score(*vectors["test"])
+    lines.append(f"{'held-back real digits':24}{'':29}{share:13.1%}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    start, out = time.perf_counter(), args.out
+    real = make_image_folders(out / "images")
+    train(out, args.steps, args.precision)
+    samples = sample(out, args.precision)
+    draw(out, samples)
+    print(f"\n{report(samples, real)}")
+    minutes = (time.perf_counter() - start) / 60
+    pictures = "samples.png, amm-on-off.png, losses.png, visual/"
+    print(f"\n{minutes:.1f} minutes in {args.precision}; pictures in {out}: {pictures}")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edt.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def plot_losses(metrics: str | Path, picture: str | Path) -> None:
-    """Plot the losses of the full and the masked pass over the steps (paper, Figure 10).
+
+def loss_figure(metrics: str | Path) -> "Figure":
+    """The losses of the full and the masked pass over the steps (paper, Figure 10).
 
     Args:
         metrics: a run's metrics.jsonl.
-        picture: the PNG to write.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -30,4 +33,17 @@ def plot_losses(metrics: str | Path, picture: str | Path) -> None:
     axes.set(xlabel="step", ylabel="loss", yscale="log", title=metrics.parent.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(picture, dpi=120)
+    return figure
+
+
+def plot_losses(metrics: str | Path, picture: str | Path) -> None:
+    """Write :func:`loss_figure` to a file.
+
+    Args:
+        metrics: a run's metrics.jsonl.
+        picture: the PNG to write.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    loss_figure(metrics).savefig(picture, dpi=120)

@@ -1,0 +1,87 @@
+import copy
+
+import golden_rule
+import pytest
+import torch
+
+from edt.data.vae import PixelVAE
+from edt.nn.precision import round_weights
+from edt.registry import create_model
+from edt.sampling.config import SamplingConfig
+from edt.sampling.generate import generate
+from edt.utils.errors import UserError
+
+
+def create_tiny_model():
+    return create_model("EDT-Tiny/2", input_size=8, in_channels=3, num_classes=5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return golden_rule.fill(create_tiny_model()).eval()
+
+
+def draw(
+    model, config: SamplingConfig, indices: list[int], batch_size: int
+) -> dict[int, tuple[torch.Tensor, int]]:
+    """Image and label of each index."""
+    batches = generate(model, PixelVAE(), config, torch.tensor(indices), batch_size)
+    return {
+        int(index): (image, int(label))
+        for batch in batches
+        for index, image, label in zip(*batch, strict=True)
+    }
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_an_image_depends_on_its_index_only(model, solver):
+    config = SamplingConfig(seed=3, num_sampling_steps="5", solver=solver, cfg_scale=1.5)
+    together = draw(model, config, [0, 1, 2, 3, 4, 5, 6], 4)
+    apart = draw(model, config, [6, 2, 5], 2)
+    for index, (image, label) in apart.items():
+        assert label == together[index][1]
+        difference = (image.int() - together[index][0].int()).abs()
+        assert difference.max() <= 1
+        assert (difference > 0).float().mean() < 0.01
+
+
+def test_another_seed_draws_another_image(model):
+    images = []
+    for seed in (3, 4):
+        config = SamplingConfig(seed=seed, num_sampling_steps="5", cfg_scale=1.5)
+        images.append(draw(model, config, [0], 1)[0][0])
+    assert not torch.equal(*images)
+
+
+def test_given_labels_replace_those_of_the_configuration(model):
+    indices, labels = torch.arange(3), torch.tensor([4, 1, 1])
+    config = SamplingConfig(num_sampling_steps="2", labels="0")
+    by_argument = list(generate(model, PixelVAE(), config, indices, 2, labels=labels))
+    assert torch.equal(torch.cat([batch.labels for batch in by_argument]), labels)
+    config = SamplingConfig(num_sampling_steps="2", labels="4,1,1")
+    by_config = list(generate(model, PixelVAE(), config, indices, 2))
+    for batch, expected in zip(by_argument, by_config, strict=True):
+        assert torch.equal(batch.images, expected.images)
+    with pytest.raises(UserError, match="class 5 is outside"):
+        next(generate(model, PixelVAE(), config, indices, 2, labels=torch.tensor([0, 5, 0])))
+
+
+def test_images_that_are_not_finite_are_named():
+    broken = create_tiny_model().eval()
+    with torch.no_grad():
+        broken.y_embedder.embedding_table.weight[2] = float("nan")
+    config = SamplingConfig(num_sampling_steps="2", labels="balanced")
+    with pytest.raises(UserError, match=r"images \[12\] are not finite"):
+        draw(broken, config, [10, 12, 13], 3)
+
+
+def test_rounded_weights_draw_the_same_images(model):
+    config = SamplingConfig(num_sampling_steps="3", cfg_scale=2.0, precision="bf16")
+    rounded = copy.deepcopy(model)
+    round_weights(rounded)
+    expected, drawn = (draw(network, config, [0, 1, 2], 3) for network in (model, rounded))
+    for index in range(3):
+        assert torch.equal(drawn[index][0], expected[index][0])
+    dtypes = {name: parameter.dtype for name, parameter in rounded.named_parameters()}
+    assert dtypes["blocks.0.mlp.fc1.weight"] == torch.bfloat16
+    assert dtypes["final_layer.linear.weight"] == torch.float32
