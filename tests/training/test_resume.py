@@ -11,14 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TRAIN, limited, run_script
+from conftest import ROOT, TRAIN, limited, run_script, update_manifest
 from safetensors.torch import load_file, save_file
 
 import train_mask_adan
 from edt.checkpoints.folder import list_checkpoints, newest_checkpoint
 from edt.diffusion import LossSecondMomentSampler
+from edt.training.run_dir import lock_run_dir
 from edt.utils.files import read_json
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -85,11 +87,7 @@ def warm_up(run: Path) -> None:
             torch.arange(1000), torch.rand(1000, generator=generator) * torch.linspace(2, 0.1, 1000)
         )
     save_file(sampler.state_dict(), folder / "sampler.safetensors")
-    manifest = read_json(folder / "manifest.json")
-    from edt.checkpoints.folder import _fingerprint
-
-    manifest["sampler.safetensors"] = _fingerprint(folder / "sampler.safetensors")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    update_manifest(folder)
 
 
 def test_two_uninterrupted_runs_are_equal(features, tmp_path):
@@ -239,9 +237,7 @@ def test_a_signal_finishes_the_step_saves_and_ends(number, code, features, tmp_p
 
 
 def test_a_second_run_in_the_folder_is_refused(features, tmp_path, capsys):
-    from edt.training.run_dir import locked
-
-    with locked(tmp_path / "run"):
+    with lock_run_dir(tmp_path / "run"):
         done = run_script(*command(features, tmp_path / "run", 1))
     assert done.returncode == 2 and done.stderr.strip().endswith(
         "stop it or give another --run-dir"
@@ -316,8 +312,6 @@ def test_a_truncated_checkpoint_is_passed_over(features, tmp_path, caplog):
 
 def test_nan_in_the_data_is_survived_and_too_many_are_not(features, tmp_path, capsys):
     poisoned = shutil.copytree(features, tmp_path / "features")
-    import numpy as np
-
     latents = np.load(poisoned / "shard-00000.npy")
     latents[5] = np.nan
     np.save(poisoned / "shard-00000.npy", latents)
@@ -326,13 +320,13 @@ def test_nan_in_the_data_is_survived_and_too_many_are_not(features, tmp_path, ca
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert (
-        rows[-1]["bad_steps"] in (1, 2)
-        and sum(row["loss"] is None for row in rows) == rows[-1]["bad_steps"]
+        rows[-1]["skipped_steps"] in (1, 2)
+        and sum(row["loss"] is None for row in rows) == rows[-1]["skipped_steps"]
     )
     assert all(value.isfinite().all() for value in final(tmp_path / "run").values())
     latents[:] = np.nan
     np.save(poisoned / "shard-00000.npy", latents)
     with pytest.raises(SystemExit):
-        train(poisoned, tmp_path / "run", 20, "--max-bad-steps", 3)
+        train(poisoned, tmp_path / "run", 20, "--max-skipped-steps", 3)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "3 steps in a row were not finite" in last and "checkpoints/0000006" in last

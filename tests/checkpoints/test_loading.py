@@ -1,0 +1,131 @@
+"""Models from run folders and checkpoint folders: which file is read, and what is verified."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_script, update_manifest
+from safetensors.torch import load_file, save_file
+
+from edt.checkpoints.loading import load_model
+from edt.utils.errors import UserError
+
+# The bytes that load_model reads. The model is loaded once before, so that its imports are done.
+READ_BYTES = """
+import sys
+from edt.checkpoints.loading import load_model
+
+def read_bytes():
+    return int(open("/proc/self/io").readline().split()[1])  # rchar
+
+load_model(sys.argv[2])
+before = read_bytes()
+load_model(sys.argv[1])
+print(read_bytes() - before)
+"""
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def damage(file: Path) -> None:
+    """Change one bit of the last tensor."""
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def run_of_two(run_folder: Path, tmp_path: Path) -> Path:
+    """A run with the checkpoints 2 and 4; in checkpoint 4, every EMA weight is larger by 1."""
+    run = tmp_path / "run"
+    for step in (2, 4):
+        shutil.copytree(run_folder / "checkpoints" / "0000002", run / "checkpoints" / f"{step:07d}")
+    newest = run / "checkpoints" / "0000004"
+    weights = load_file(newest / "ema.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, newest / "ema.safetensors")
+    update_manifest(newest)
+    return run
+
+
+def test_a_run_folder_gives_its_newest_weights(run_of_two):
+    model, info = load_model(run_of_two)
+    newest = run_of_two / "checkpoints" / "0000004"
+    assert info.weights_file == newest / "ema.safetensors"
+    assert (
+        info.weights_sha256
+        == json.loads((newest / "manifest.json").read_text())["ema.safetensors"][1]
+    )
+    assert info.name == "EDT-Tiny/2"
+    assert info.features.classes == ["ant", "bee", "cat"]
+    assert info.features.vae == "pixels"
+    assert same(model, load_model(newest)[0])
+    assert not same(model, load_model(run_of_two / "checkpoints" / "0000002")[0])
+
+
+def test_sampling_needs_no_training_state(run_folder, tmp_path):
+    checkpoint = run_folder / "checkpoints" / "0000002"
+    copied = shutil.copytree(checkpoint, tmp_path / "shared")
+    for name in ("optimizer.safetensors", "sampler.safetensors", "state.json"):
+        (copied / name).unlink()
+    for name in ("model.safetensors", "manifest.json"):
+        (copied / name).unlink()
+    model = load_model(checkpoint)[0]
+    assert same(load_model(copied)[0], model)
+    assert same(load_model(copied / "ema.safetensors")[0], model)
+
+
+def test_an_unknown_key_of_the_configuration_is_named(run_folder, tmp_path):
+    copied = shutil.copytree(run_folder / "checkpoints" / "0000002", tmp_path / "shared")
+    config = json.loads((copied / "config.json").read_text())
+    config["model"]["colour"] = 3
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="unknown model configuration colour"):
+        load_model(copied)
+
+
+def test_loading_a_run_reads_one_file_once_and_maps_it(run_of_two):
+    """The file is hashed, which reads it once; the tensors come through a memory map."""
+    file = run_of_two / "checkpoints" / "0000004" / "ema.safetensors"
+    other = run_of_two / "checkpoints" / "0000002"
+    done = run_script(sys.executable, "-c", READ_BYTES, run_of_two, other)
+    assert done.returncode == 0, done.stderr
+    size, read_bytes = os.path.getsize(file), int(done.stdout)
+    assert size <= read_bytes <= 1.2 * size + 1_000_000
+
+
+def test_a_damaged_ema_gives_way_to_the_checkpoint_before(run_of_two, caplog):
+    file = run_of_two / "checkpoints" / "0000004" / "ema.safetensors"
+    damage(file)
+    model, info = load_model(run_of_two)
+    before = run_of_two / "checkpoints" / "0000002"
+    assert info.weights_file == before / "ema.safetensors"
+    assert same(model, load_model(before)[0])
+    assert f"skipping checkpoint 0000004: {file} is damaged" in caplog.text
+    damage(before / "ema.safetensors")
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+        load_model(run_of_two)
+
+
+def test_a_damaged_optimizer_does_not_matter_for_sampling(run_of_two, caplog):
+    damage(run_of_two / "checkpoints" / "0000004" / "optimizer.safetensors")
+    info = load_model(run_of_two)[1]
+    assert info.weights_file == run_of_two / "checkpoints" / "0000004" / "ema.safetensors"
+    assert caplog.text == ""
+
+
+def test_a_named_checkpoint_that_was_changed_is_a_warning(run_of_two, caplog):
+    """Users edit a file that they name on purpose; it is loaded as it is."""
+    checkpoint = run_of_two / "checkpoints" / "0000004"
+    expected = load_model(checkpoint)[0]
+    assert caplog.text == ""
+    damage(checkpoint / "ema.safetensors")
+    model, info = load_model(checkpoint)
+    assert info.weights_file == checkpoint / "ema.safetensors"
+    assert not same(model, expected)
+    assert f"{checkpoint / 'ema.safetensors'} differs from its manifest.json" in caplog.text
