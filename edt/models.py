@@ -46,7 +46,7 @@ class EDTConfig:
     in_channels: int = 4
     """Latent channels; the output has twice as many, for noise and variance range."""
     num_classes: int = 1000
-    """Classes besides the null class; 0 is unconditional."""
+    """Classes without the null class; 0 is unconditional."""
     patch_size: int = 2
     depths: tuple[int, ...] = (2, 2, 2, 3, 3)
     """Blocks of the five stages."""

@@ -53,7 +53,7 @@ class TrainingState:
     config: dict[str, Any]
     """The training configuration, as JSON values."""
     optimizer: dict[str, Any]
-    """What the optimizer keeps besides tensors: step counters, as JSON values."""
+    """The optimizer's step counters, as JSON values."""
     tensors: dict[str, NamedTensors]
     """Named tensors of each of :data:`TENSOR_FILES`."""
 

@@ -24,7 +24,7 @@ WeightsKind = Literal["ema", "model"]
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """What is known about a checkpoint besides its weights."""
+    """Information about a checkpoint, apart from its weights."""
 
     weights_file: Path
     """The file that the weights were read from."""

@@ -13,8 +13,8 @@ from edt.utils.errors import UserError
 def read_release(path: Path) -> dict[str, Any]:
     """The content of a .pt file: {model, ema, opt, args}, or a bare state dict.
 
-    ``args`` of the release is an ``argparse.Namespace``, the one class that is allowed besides
-    tensors.
+    ``args`` of the release is an ``argparse.Namespace``, the only class that is allowed in
+    addition to tensors.
 
     Raises:
         UserError: the file cannot be read, or it holds other classes.

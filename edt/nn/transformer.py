@@ -21,7 +21,7 @@ class DiffusionTransformer(nn.Module):
             square latent), in_channels (of the latent), num_classes (0: unconditional) and
             image_size (pixels of the images, None where unknown).
         in_channels: channels of the latent; the output has twice as many.
-        num_classes: classes besides the null class, whose label is this number.
+        num_classes: classes without the null class, whose label is this number.
         modulations: the AMM in use (edt.amm.Modulation), as :meth:`set_amm` left it.
         passes_fit_one_batch: whether the full and the masked pass have equal token counts before
             the first mask, so that both go through the network as one batch.

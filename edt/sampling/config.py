@@ -1,4 +1,4 @@
-"""Everything that an image depends on, besides the weights and its index."""
+"""The settings that an image depends on, apart from the weights and its index."""
 
 import dataclasses
 from collections.abc import Sequence

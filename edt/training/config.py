@@ -26,7 +26,7 @@ def default_init_lr(model: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """What the weights depend on, besides model and features. Defaults are the release's."""
+    """The settings that the trained weights depend on. Defaults are the release's."""
 
     seed: int = 42
     """Fixes the initial weights, the order of the images and every draw."""

@@ -96,6 +96,8 @@ def resolve_resume(run_dir: Path, resume: Path | None, step: int | None = None) 
             f"cannot resume from the file {source}; give a checkpoint folder of this project"
         )
     if resume is not None and (resume / "manifest.json").exists():
+        if step is not None and resume.name != f"{step:07d}":
+            raise UserError(f"{resume} is not the checkpoint of --resume-step {step}; give one")
         verify_checkpoint(resume)
         return resume
     folder = source / "checkpoints"
