@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from measure import machine  # noqa: E402
 
 from edt.nn.attention import attention  # noqa: E402
-from edt.nn.precision import allow_tf32  # noqa: E402
+from edt.nn.precision import set_matmul_precision  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CUDA = torch.cuda.is_available()
@@ -132,9 +132,9 @@ def make_inputs(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
 def run(args: argparse.Namespace) -> dict[str, dict]:
     """One row of results per implementation."""
     qkv, bias, grad_out = make_inputs(args)
-    allow_tf32("fp32")
+    set_matmul_precision("fp32")
     exact = Case(attention, qkv, bias, grad_out).gradients()
-    allow_tf32("tf32")
+    set_matmul_precision("tf32")
     cases = {
         name: Case(function, qkv.to(dtype), bias, grad_out.to(dtype))
         for name, (function, dtype) in implementations(DTYPES[args.dtype]).items()

@@ -5,8 +5,9 @@ It is the paper's second idea (section 3.2). A modulated block computes
 *after* the softmax, without renormalisation, and only at inference. ``M`` falls with the Euclidean
 distance between two tokens and is zero beyond a radius.
 
-This file has three parts: the gain as a function of distance, the placements that the paper found,
-and the function that hands matrices to attention modules.
+This file has three parts: the matrix, the choice of blocks for a guidance scale and resolution, and
+the function that hands matrices to attention modules. The placements that the paper found stand
+with the model sizes in edt.models.
 """
 
 import math
@@ -64,8 +65,8 @@ def modulation_matrix(
     row, column = torch.meshgrid(token, token, indexing="ij")
     row, column = row.flatten(), column.flatten()
     squared = (row[:, None] - row).square() + (column[:, None] - column).square()
-    # Squared distances are integers, so comparing them with an integer is exact. Pairs whose
-    # distance equals the radius exist; they are inside.
+    # Tokens N - 1 rows and 2 columns apart lie exactly at the paper's radius and count as inside.
+    # Integers compare exactly; 1e-6 undoes the rounding of squaring a square root.
     squared_limit = math.floor(radius * radius + 1e-6)
     phase = 2 * math.pi * squared.double().sqrt() / (4 * (grid_size - 1) * math.sqrt(2))
     gain = 0.5 * phase.cos().exp() if form == "256" else 1.3 * phase.cos()
@@ -119,7 +120,7 @@ def modulate_attention(
     form: AMMForm,
     radius: float | None = None,
 ) -> tuple[Modulation, ...]:
-    """Give some attention modules a modulation matrix, and take it from all others.
+    """Set the AMM matrix of the chosen attention modules, and clear it on all others.
 
     Args:
         attention_blocks: the attention modules of a network, by block number.
@@ -128,11 +129,12 @@ def modulate_attention(
         radius: in tokens; None takes the paper's radius of each block's grid.
 
     Returns:
-        What each block in ``blocks`` now does.
+        the resolved settings of each block in ``blocks``, in that order.
 
     Raises:
-        UserError: a block does not exist, or form or radius are impossible; nothing is changed.
+        UserError: a block does not exist, or form or radius is invalid. Nothing is changed then.
     """
+    check_choice("AMM form", form, AMMForm)
     last = len(attention_blocks) - 1
     for block in blocks:
         if not 0 <= block <= last:

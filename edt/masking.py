@@ -1,7 +1,7 @@
-"""EDT's masking strategy: tokens are hidden only inside down-sampling modules (paper, section 3.3).
+"""EDT's masking strategy: down-sampling modules hide tokens in training (paper, section 3.3).
 
-The network takes masks as inputs. They are drawn here, from a generator that the caller owns. True
-means that a token is kept.
+The released EDT-XL also hides tokens inside stage 1. Masks are inputs of the network. They are
+drawn here, from a generator that the caller owns. True means that a token is kept.
 """
 
 from typing import Literal, NamedTuple
@@ -15,14 +15,14 @@ MASKINGS: dict[Masking, str] = {
 }
 
 Ratio = tuple[float, float]
-"""Range of the probability of masking a token. A pass draws one probability, uniform in it."""
+"""(low, high) of the masking probability. Each mask draws one probability uniformly from it."""
 
 EDT_RATIOS: tuple[Ratio, Ratio] = ((0.4, 0.5), (0.1, 0.2))  # best of the paper's Tables 11 and 12
 MID_RATIO: Ratio = (0.15, 0.25)  # the release's extra mask inside stage 1 of EDT-XL
 
 
 class TokenMasks(NamedTuple):
-    """Keep-masks of one masked pass, bool, in raster order. T is the number of stage-1 tokens."""
+    """Keep-masks of a pass, bool, in raster order; None hides nothing. T counts stage-1 tokens."""
 
     down0: torch.Tensor | None  # (B, T), tokens that enter the first down-sampling
     down1: torch.Tensor | None  # (B, T / 4), tokens that enter the second
@@ -54,7 +54,7 @@ def draw_masks(
 ) -> TokenMasks:
     """Draw keep-masks on the generator's device.
 
-    Each module draws one masking probability, then one Bernoulli variable per token.
+    Each mask draws one probability for the whole batch, then one Bernoulli variable per token.
 
     Args:
         batch_size: images, B.

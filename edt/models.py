@@ -55,7 +55,7 @@ class EDTConfig:
     tie: bool = True
     """Token information enhancement: AdaLN in down-sampling and long skips (paper, Table 4)."""
     pes: bool = True
-    """Positional encoding supplement: a position table added after them (paper, Table 4)."""
+    """Positional encoding supplement: position table after down-sampling and skips (Table 4)."""
     mid_mask_block: int | None = None
     """Block of stage 1 before which TokenMasks.mid acts (released EDT-XL: 4)."""
     amm: Placement | None = None
@@ -94,8 +94,8 @@ class EDTConfig:
     def for_512_pixels(self) -> bool:
         """Whether AMM takes its 512-pixel form and placement.
 
-        Without a recorded image size, latents of more than 3 channels are taken to be the SD-VAE's,
-        which has 8 pixels to one; latents of up to 3 channels are the pixels themselves.
+        Without a recorded image size, latents with more than 3 channels are taken as the SD-VAE's,
+        with 8 pixels per latent position; latents with up to 3 channels are taken as pixels.
         """
         pixels_per_latent = 8 if self.in_channels > 3 else 1
         image_size = self.image_size or pixels_per_latent * self.input_size
@@ -139,7 +139,7 @@ class EDTConfig:
             num_classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"the checkpoint is not an EDT: {error} is missing or has another shape"
+                f"the checkpoint is not an EDT: a tensor is missing or has another shape ({error})"
             ) from None
         stages = [(stage[0] // HEAD_DIM, len(list(run))) for stage, run in itertools.groupby(kinds)]
         all_heads, depths = zip(*stages, strict=True)
@@ -323,7 +323,7 @@ class EDT(DiffusionTransformer):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # Patch embedding: the convolution as the linear layer that it is.
+        # Patch embedding: its convolution is a linear layer on flattened patches.
         weight, bias = self.x_embedder.proj.parameters()
         nn.init.xavier_uniform_(weight.view(len(weight), -1))
         nn.init.zeros_(bias)
@@ -351,7 +351,7 @@ class EDT(DiffusionTransformer):
 
 _SMALL_AMM = Placement(low_cfg=(7, 10), high_cfg=(8,), at_512=(10,))
 _XL_AMM = Placement(low_cfg=(23, 25), high_cfg=(24,))
-_TINY_AMM = Placement(low_cfg=(4, 6), high_cfg=(4,))  # by analogy: last blocks of stages 4 and 5
+_TINY_AMM = Placement(low_cfg=(4, 6), high_cfg=(4,))  # ours: the last blocks of stages 4 and 5
 
 _S = {"num_heads": (6, 8, 10), "depths": (2, 2, 2, 3, 3), "patch_size": 2, "amm": _SMALL_AMM}
 _B = {**_S, "num_heads": (12, 16, 20)}
@@ -382,7 +382,7 @@ def _create(
 
 
 def _preset_of_layout(num_heads: tuple[int, ...], depths: tuple[int, ...]) -> dict[str, Any]:
-    """What the tensors do not show, from the preset of the same size: mid_mask_block and amm."""
+    """Fields that no tensor records, from the presets: mid_mask_block by width, amm by layout."""
     same_size = [preset for preset in PRESETS.values() if preset["num_heads"] == num_heads]
     for preset in same_size:
         if preset["depths"] == depths:
@@ -393,7 +393,7 @@ def _preset_of_layout(num_heads: tuple[int, ...], depths: tuple[int, ...]) -> di
 
 
 EDT_models = {name: functools.partial(_create, preset) for name, preset in PRESETS.items()}
-# The release names a network that is never modulated separately. Its tensors are the same.
+# The release has separate names for networks without AMM. Their tensors are the same.
 EDT_models |= {
     f"{name}_noAMM": functools.partial(_create, {**preset, "amm": None})
     for name, preset in PRESETS.items()

@@ -9,7 +9,8 @@ from edt.models import EDT, EDT_models, EDTConfig
 from edt.nn.transformer import DiffusionTransformer
 from edt.utils.errors import UserError
 
-# A new family adds its models to this table, and its state dicts to the two functions below.
+# A new family adds its models here, and a branch to create_from_config, read_config and
+# config_from_state_dict.
 MODELS = dict(EDT_models)
 
 
@@ -26,7 +27,7 @@ def create_model(
             in_channels, num_classes, image_size (pixels).
 
     Raises:
-        UserError: unknown name, or a configuration that cannot be.
+        UserError: the name is unknown, or the configuration is invalid.
     """
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")

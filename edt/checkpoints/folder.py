@@ -36,10 +36,10 @@ class Optimizer(Protocol):
     """The part of torch.optim.Optimizer that a checkpoint needs."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As of torch.optim.Optimizer."""
+        """See torch.optim.Optimizer."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of torch.optim.Optimizer."""
+        """See torch.optim.Optimizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +192,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def prune_checkpoints(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Remove all but the last checkpoints, and those at multiples of a number of steps.
+    """Remove all checkpoints but the newest ``keep_last`` and the multiples of ``keep_every``.
 
     Args:
         folder: holds the checkpoints.

@@ -116,7 +116,7 @@ def read_weights(path: str | Path, weights: WeightsKind = "ema") -> Weights:
 
 
 def _find_weights_file(path: Path, weights: WeightsKind) -> tuple[Path, str]:
-    """The file that holds the weights, and its SHA-256. Only this file is read, and once."""
+    """The file that holds the weights, and its SHA-256. No other file of weights is hashed."""
     if not path.exists():
         raise UserError(
             f"no checkpoint at {path}; give a checkpoint folder, a run folder or a .pt file"

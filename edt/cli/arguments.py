@@ -129,7 +129,10 @@ def add_sampling_arguments(
         help="run folder, checkpoint folder, .safetensors file, or a .pt file of the release",
     )
     p.add_argument(
-        "--weights", choices=choices(WeightsKind), default="ema", help="of the checkpoint"
+        "--weights",
+        choices=choices(WeightsKind),
+        default="ema",
+        help="which weights of the checkpoint to load",
     )
     p.add_argument("--model", metavar="NAME", help=f"expected model, one of {', '.join(MODELS)}")
     p.add_argument("--image-size", type=int, metavar="PIXELS", help="expected image size")
@@ -169,9 +172,19 @@ def _add_amm_arguments(
     parser: argparse.ArgumentParser, amm_type: Callable[[str], Any], amm_values: str
 ) -> None:
     g = parser.add_argument_group("Attention Modulation Matrix")
-    g.add_argument("--amm", nargs="?", const=True, type=amm_type, metavar=amm_values)
     g.add_argument(
-        "--no-amm", dest="amm", action="store_false", help="off, whatever the options below say"
+        "--amm",
+        nargs="?",
+        const=True,
+        type=amm_type,
+        metavar=amm_values,
+        help="modulate attention; without it AMM is on if an option below is given",
+    )
+    g.add_argument(
+        "--no-amm",
+        dest="amm",
+        action="store_false",
+        help="switch AMM off; the options below are then ignored",
     )
     g.add_argument(
         "--amm-blocks",

@@ -3,7 +3,7 @@
     python image_generator.py --model EDT-XL/2 --ckpt EDT-XL.pt \\
         --classes "golden retriever" 360 --cfg-scale 4
 
-All three are drawn from the same noise.
+The images with and without AMM start from the same noise.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from edt.utils.files import atomic_write, make_folder
 IMAGENET_CLASSES = (2, 3, 108, 230, 232, 281, 11, 18, 19)
 
 
-def both_or_one(text: str) -> str | bool:
-    """Argument type of --amm."""
+def both_true_or_false(text: str) -> str | bool:
+    """Argument type of --amm: both, True or False."""
     return "both" if text.lower() == "both" else true_or_false(text)
 
 
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_sampling_arguments(p, amm_type=both_or_one, amm_values="both|True|False")
+    add_sampling_arguments(p, amm_type=both_true_or_false, amm_values="both|True|False")
     p.add_argument(
         "--classes",
         "--class-labels",
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         "first nine",
     )
     p.add_argument("--num-variations", type=COUNT, default=5, help="images per class")
-    p.add_argument("--per-proc-batch-size", type=COUNT, default=50)
+    p.add_argument("--per-proc-batch-size", type=COUNT, default=50, help="images per batch")
     p.add_argument("--seed", "--global-seed", type=int, help="fixes the noise")
     p.add_argument("--output-dir", "--results-dir", default="visual", metavar="DIR")
     p.set_defaults(amm="both", cfg_scale=4.0, seed=1)

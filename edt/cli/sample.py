@@ -38,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_sampling_arguments(p, amm_type=true_or_false, amm_values="True|False")
-    p.add_argument("--num-images", type=COUNT, default=50_000)
-    p.add_argument("--per-proc-batch-size", type=COUNT, default=50)
+    p.add_argument("--num-images", type=COUNT, default=50_000, help="over all processes")
+    p.add_argument("--per-proc-batch-size", type=COUNT, default=50, help="images per batch")
     p.add_argument("--global-seed", type=int, dest="seed", help="fixes noise and labels")
     p.add_argument(
         "--labels", help="; ".join(f"{name}: {text}" for name, text in LABEL_POLICIES.items())

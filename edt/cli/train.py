@@ -68,8 +68,10 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help="default: the features' own, or 1000 where they do not say; 0: unconditional",
     )
-    p.add_argument("--image-size", type=int, metavar="PIXELS", help="expected of the features")
-    p.add_argument("--vae", help="expected of the features")
+    p.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="expected of the features, else an error"
+    )
+    p.add_argument("--vae", help="expected of the features, else an error")
     _add_run_arguments(p.add_argument_group("run"))
     _add_method_arguments(p.add_argument_group("method"))
     add_speed_arguments(p.add_argument_group("speed"))
@@ -101,12 +103,12 @@ def _add_run_arguments(g: argparse._ArgumentGroup) -> None:
     add(
         "--init-from",
         metavar="CKPT",
-        help="start from the weights of another model, as far as they fit",
+        help="start from the EMA weights of another model, as far as they fit",
     )
     add("--epochs", type=COUNT, default=90, help="passes over the features")
     add("--max-steps", type=COUNT, metavar="STEPS", help="stop here instead of after --epochs")
-    add("--log-every", type=COUNT, metavar="STEPS")
-    add("--ckpt-every", type=COUNT, metavar="STEPS")
+    add("--log-every", type=COUNT, metavar="STEPS", help="steps between lines of the log")
+    add("--ckpt-every", type=COUNT, metavar="STEPS", help="steps between checkpoints")
     add("--keep-last", type=COUNT, default=3, metavar="N", help="newest checkpoints that stay")
     add(
         "--keep-every",
@@ -121,7 +123,7 @@ def _add_run_arguments(g: argparse._ArgumentGroup) -> None:
         metavar="STEPS",
         help="steps between grids of EMA samples from the same noise; 0: none",
     )
-    add("--tracker", choices=choices(Tracker), help="log there too")
+    add("--tracker", choices=choices(Tracker), help="also log to this tracker")
     add("--num-workers", type=COUNT_OR_ZERO, help="processes that read features ahead")
     add(
         "--max-skipped-steps",
@@ -155,11 +157,18 @@ def _add_method_arguments(g: argparse._ArgumentGroup) -> None:
     add("--lr-steps", type=COUNT, help="steps from --init-lr to --final-lr, linearly")
     add("--optimizer", choices=OPTIMIZERS, help=describe(OPTIMIZERS))
     add("--max-grad-norm", "--clip", type=positive, help="default: gradients are not clipped")
-    add("--ema-decay", type=share, help="per step")
-    add("--label-dropout", type=share, help="share of labels that become the null class")
+    add("--ema-decay", type=share, help="decay of the weights' moving average, per step")
+    add(
+        "--label-dropout", type=share, help="probability that a label is replaced by the null class"
+    )
     add("--masking", choices=MASKINGS, help=describe(MASKINGS))
     add("--noise", choices=PASS_NOISES, help=describe(PASS_NOISES))
-    add("--schedule-sampler", "--schedule_sampler", choices=TIMESTEP_SAMPLERS)
+    add(
+        "--schedule-sampler",
+        "--schedule_sampler",
+        choices=TIMESTEP_SAMPLERS,
+        help="how timesteps are drawn",
+    )
     add("--min-snr-gamma", type=positive, help="gamma of the loss weight min(SNR, gamma) / SNR")
     add("--global-seed", type=int, dest="seed", help="fixes initial weights, data and draws")
 

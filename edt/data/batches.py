@@ -4,8 +4,8 @@
 
     step -> indices of the global batch -> rows of this process -> DataLoader -> Batch
 
-Every arrow but the last two is a function of (seed, step) alone. So a run can continue at any step,
-on any number of processes, and reads the batches that an uninterrupted run would have read.
+For given data and batch size, the global batch depends on (seed, step) alone. So a run can continue
+at any step, on any number of processes, with the batches of an uninterrupted run.
 """
 
 import functools

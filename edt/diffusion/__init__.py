@@ -1,6 +1,6 @@
 """The diffusion process: tables, losses, samplers, guidance and timestep samplers.
 
-Nothing here knows a network: it is an argument.
+Nothing here imports a network: functions take the network, or its output, as an argument.
 """
 
 from edt.diffusion.gaussian import GaussianDiffusion, create_diffusion

@@ -130,6 +130,8 @@ class GaussianDiffusion:
         mse = self.at("min_snr_weight", t, t) * mean_flat((noise - eps).square())
         # The bound trains the variance only, so the predicted noise is detached in it.
         vb = self._variational_bound(torch.cat([eps.detach(), v], dim=1), x_start, x_t, t)
+        # Improved DDPM weights the bound, a sum over T = 1000 steps, by 0.001. vb is one term of
+        # that sum at a random t, so its weight is 0.001 T = 1.
         return Losses(mse + vb, mse, vb)
 
     def at(self, name: str, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -189,10 +191,11 @@ def mean_flat(x: torch.Tensor) -> torch.Tensor:
 def discretized_gaussian_log_likelihood(
     x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor
 ) -> torch.Tensor:
-    """Log-probability in nats of the bin of width 2/255 around x, under a Gaussian; like x.
+    """Log-probability in nats of the bin of width 2/255 around x, under a Gaussian; shaped like x.
 
-    The outermost bins (beyond +-0.999) reach to infinity. The cumulative distribution is the tanh
-    approximation, which ADM uses.
+    The bins are those of 8-bit pixels. Latents have none, but DiT and EDT keep the bins. The
+    outermost bins (beyond +-0.999) reach to infinity. The normal distribution function is
+    approximated with tanh, as in ADM (Dhariwal & Nichol, 2021).
     """
     centered, inverse_scale = x - mean, (-log_scale).exp()
     upper = _approximate_normal_cdf(inverse_scale * (centered + 1 / 255))
@@ -215,8 +218,8 @@ def _tables(betas: np.ndarray, min_snr_gamma: float) -> dict[str, np.ndarray]:
     previous = np.append(1.0, alpha_bar[:-1])
     posterior_variance = betas * (1 - previous) / (1 - alpha_bar)
     snr = alpha_bar / (1 - alpha_bar)
-    # The posterior variance is 0 at t = 0. Its logarithm takes the next entry's, or for a process
-    # of one step the beta's.
+    # The posterior variance is 0 at t = 0, so its logarithm would be -inf. Entry 0 takes the value
+    # of entry 1. A process of one step has no entry 1 and takes its beta.
     clipped = np.append(posterior_variance[1:2], posterior_variance[1:])
     clipped = clipped if len(betas) > 1 else betas
     return {

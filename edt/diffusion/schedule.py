@@ -31,7 +31,7 @@ def respaced_timesteps(spec: str | int | None, steps: int = 1000) -> list[int]:
         if text.startswith("ddim"):
             return _strided(int(text.removeprefix("ddim")), steps)
         counts = [int(part) for part in text.split(",")]
-    except UserError:
+    except UserError:  # a subclass of ValueError, whose own message must survive
         raise
     except ValueError:
         raise UserError(
@@ -48,7 +48,7 @@ def respaced_timesteps(spec: str | int | None, steps: int = 1000) -> list[int]:
 
 
 def _strided(count: int, steps: int) -> list[int]:
-    """Exactly ``count`` timesteps at the smallest integer stride that gives so many."""
+    """Timesteps from 0 at the smallest integer stride that yields exactly ``count`` of them."""
     for stride in range(1, steps + 1):
         if len(range(0, steps, stride)) == count:
             return list(range(0, steps, stride))

@@ -21,18 +21,18 @@ MAX_FEW_STEPS = 999  # with more, the spacing of FewStepSampler visits a timeste
 class FewStepSampler(Sampler):
     """A solver of diffusers over some of the 1000 timesteps.
 
-    The timesteps are diffusers' "linspace", which DiT is sampled with there: evenly spaced in t, as
-    DPM-Solver's authors advise for latents, from 999 down to 999 / steps. The last step goes to
-    noise 0 and so returns the predicted clean latent. The other spacings do not fit: "trailing"
+    The timesteps have diffusers' spacing "linspace", which it uses for DiT: evenly spaced in t, as
+    DPM-Solver's authors advise for latents, from 999 down to 999 / steps. The last step ends at
+    noise level 0, so it returns the predicted clean latent. Other spacings do not fit: "trailing"
     visits a timestep -1 for 62 of the possible numbers of steps, and spacings even in log-SNR fall
     between the discrete timesteps that the model knows.
 
     Args:
-        scheduler_name: class of diffusers.
+        scheduler_name: name of a scheduler class of diffusers.
         steps: 1 to 999, a plain number.
 
     Raises:
-        UserError: ``steps`` is no such number.
+        UserError: ``steps`` is not a plain number from 1 to 999.
     """
 
     def __init__(self, scheduler_name: str, steps: str | int) -> None:
@@ -54,7 +54,7 @@ class FewStepSampler(Sampler):
             final_sigmas_type="zero",
         )
         self._scheduler.set_timesteps(self._steps)
-        self._scheduler.set_begin_index(0)  # or it searches its timesteps at every step
+        self._scheduler.set_begin_index(0)  # else it searches t at every step
 
     def update(
         self, output: torch.Tensor, x: torch.Tensor, i: int, noise_at: NoiseAt | None
@@ -92,7 +92,7 @@ SOLVERS: dict[Solver, Callable[[str | int], Sampler]] = {
 
 
 def create_sampler(solver: Solver, steps: str | int) -> Sampler:
-    """The sampler of a name.
+    """Create a sampler by name.
 
     Args:
         solver: a key of :data:`SOLVERS`.

@@ -1,8 +1,9 @@
-"""Timestep samplers: which t a training batch is trained at, with which importance weight.
+"""Timestep samplers: they draw each image's training timestep and its importance weight.
 
-The weights keep the expected loss that of uniform timesteps. Samplers live on the device and never
-make the host wait. In a run of many processes, every process draws for the whole global batch and
-updates with the losses of all, in global order, so that all processes hold the same history.
+With these weights, the expected loss equals the loss under uniform timesteps. The state of a
+sampler is on the device, and no method makes the host wait. In a run of many processes, every
+process draws for the whole global batch and updates with the losses of all, in global order, so
+that all processes hold the same history.
 """
 
 from typing import Literal, Protocol
@@ -14,7 +15,7 @@ from edt.utils.choices import check_choice
 
 
 class TimestepSampler(Protocol):
-    """What training asks of a timestep sampler; a torch module, so that it moves and is saved."""
+    """The interface that training needs. The implementations are torch modules."""
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw n timesteps, (n,) int64, and their importance weights, (n,) float32."""
@@ -138,7 +139,7 @@ TIMESTEP_SAMPLERS: dict[TimestepSamplerName, type[UniformSampler | LossSecondMom
 def create_timestep_sampler(
     name: TimestepSamplerName, num_timesteps: int = 1000
 ) -> UniformSampler | LossSecondMomentSampler:
-    """The timestep sampler of a name, over ``num_timesteps`` timesteps.
+    """Create a timestep sampler by name, over ``num_timesteps`` timesteps.
 
     Raises:
         UserError: unknown name.

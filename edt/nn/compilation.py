@@ -27,7 +27,7 @@ def compile_network(model: DiffusionTransformer, mode: CompileMode) -> None:
     if mode == "off":
         return
     # A block sees three grids, with and without gradients and AMM, and the smaller last batch of a
-    # run. Those are more than the 8 graphs after which torch stops compiling without an error.
+    # run. Each combination is one graph. Beyond the default limit of 8, fullgraph=True raises.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.optimize_ddp = False  # the hooks of DistributedDataParallel cut the graph
     modules = [model] if mode == "full" else model.compilable_modules()

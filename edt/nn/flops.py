@@ -5,8 +5,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edt.nn.precision import Precision
 from edt.nn.transformer import DiffusionTransformer
+from edt.utils.choices import check_choice
 
-# Dense peak in TFLOP/s by their data sheets: (TF32, bfloat16).
+# Dense peaks in TFLOP/s from NVIDIA's data sheets, SXM where there are several: (TF32, bfloat16).
+# The first key that the device name contains counts, so L40S comes before L40.
 PEAK_TFLOPS_PER_SEC = {
     "H100": (494.0, 989.0),
     "H200": (494.0, 989.0),
@@ -33,6 +35,7 @@ def forward_flops(model: DiffusionTransformer) -> int:
 
 def peak_flops_per_sec(device: torch.device, precision: Precision) -> float | None:
     """Peak rate of a device in operations per second; None where it is not known."""
+    check_choice("precision", precision, Precision)
     if device.type != "cuda" or precision == "fp32":
         return None
     device_name = torch.cuda.get_device_name(device)

@@ -23,7 +23,7 @@ def sincos_table(dim: int, grid_size: int) -> torch.Tensor:
 
     The first half of the channels encodes the column, the second half the row. Each half is
     [sin, cos] of position * 10000^(-i / (dim / 4)). Positions are token indices at every
-    resolution: a larger grid continues the table and is not rescaled to it.
+    resolution: a larger grid has larger indices, and nothing is rescaled.
     """
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
@@ -46,7 +46,8 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 def patch_merge(x: torch.Tensor) -> torch.Tensor:
     """Collect 2x2 neighbours: (B, N, C) -> (B, N/4, 4, C).
 
-    The four neighbours are, as (row, column), in the order (0,0), (1,0), (0,1), (1,1).
+    The neighbours stand column by column, as in the released weights: (row, column) = (0,0), (1,0),
+    (0,1), (1,1).
     """
     batch, tokens, channels = x.shape
     half = math.isqrt(tokens) // 2
@@ -215,7 +216,7 @@ class EnhancedLinear(nn.Module):
     positional encoding supplement, adds a fixed position table; without it nothing is added.
     """
 
-    pos_embed: torch.Tensor | None  # (1, N, C)
+    pos_embed: torch.Tensor | None  # (1, grid_size^2, out_dim)
 
     def __init__(
         self, dim: int, out_dim: int, cond_dim: int, grid_size: int, tie: bool, pes: bool
@@ -281,7 +282,10 @@ class LongSkip(EnhancedLinear):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to patches: (B, N, C) -> (B, out_channels, S, S), computed outside autocast."""
+    """Tokens to image: (B, N, C) -> (B, out_channels, S, S) with S = grid_size * patch_size.
+
+    Computed outside autocast, since its output is the prediction that the loss and samplers read.
+    """
 
     full_precision = True  # read by edt.nn.precision.round_weights
 

@@ -12,7 +12,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: dict[Precision, str] = {
     "fp32": "float32",
     "tf32": "float32, with matrix products in TF32 on a GPU (the release's way)",
-    "bf16": "autocast to bfloat16; weights, normalisation and softmax sums stay float32",
+    "bf16": "autocast to bfloat16; trained weights, normalisation and softmax sums stay float32",
 }
 
 
@@ -32,9 +32,9 @@ def set_matmul_precision(precision: Precision) -> None:
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager:
-    """The region in which a network computes: bfloat16 autocast for "bf16", else as it is stored.
+    """The context in which a network runs: bfloat16 autocast for "bf16", else no autocast.
 
-    Training and sampling both enter it around the network, and nowhere else.
+    Training and sampling wrap their calls of the network in it.
     """
     if precision not in PRECISIONS:
         raise unknown_choice("precision", precision, Precision)

@@ -23,8 +23,8 @@ class DiffusionTransformer(nn.Module):
         in_channels: channels of the latent; the output has twice as many.
         num_classes: classes without the null class, whose label is this number.
         modulations: the AMM in use (edt.amm.Modulation), as :meth:`set_amm` left it.
-        passes_fit_one_batch: whether the full and the masked pass have equal token counts before
-            the first mask, so that both go through the network as one batch.
+        passes_fit_one_batch: whether masked and full pass keep equal token counts in every layer,
+            so that both can go through the network as one batch.
     """
 
     config: Any
@@ -83,7 +83,8 @@ class DiffusionTransformer(nn.Module):
         """Predict with classifier-free guidance, (B, 2C, S, S).
 
         With scale 1, or without labels, the result is the conditional forward itself, at the cost
-        of one forward pass. Otherwise it is :func:`guide` of a batch of twice the size.
+        of one forward pass. Otherwise the network runs once on 2B rows, and :func:`guide` combines
+        the two halves.
 
         Args:
             x: noised latents, (B, C, S, S).
@@ -101,8 +102,7 @@ def guide(output: torch.Tensor, cfg_scale: float, channels: int | None = None) -
     Channels that are not guided come from the conditional half.
 
     Args:
-        output: of the network for B images with labels, then for the same images without,
-            (2B, 2C, S, S).
+        output: of the network, (2B, 2C, S, S): B rows with labels, then the same B without.
         cfg_scale: guidance scale s.
         channels: how many noise channels are guided, counted from the first. None guides 3 of 4
             channels as the release does, and all channels of any other latent.

@@ -14,7 +14,7 @@ from edt.utils.randomness import integers
 
 GuidanceChannels = Literal["3", "all"]
 GUIDANCE_CHANNELS: dict[GuidanceChannels, str] = {
-    "3": "the first 3 of 4 noise channels, as the release; of any other latent all",
+    "3": "the first 3 of 4 noise channels, as in the release; all, if there are not 4",
     "all": "all noise channels",
 }
 LABEL_POLICIES = {
@@ -47,9 +47,10 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not str(self.num_sampling_steps).strip():  # to a sampler: all 1000 timesteps
+        if not str(self.num_sampling_steps).strip():  # create_sampler reads it as all 1000 steps
             raise UserError("--num-sampling-steps is empty; give a number such as 250")
-        _ = self.guidance  # both raise a UserError where the fields cannot be combined
+        # The next two lines raise a UserError if the fields cannot be combined.
+        _ = self.guidance
         create_sampler(self.solver, self.num_sampling_steps)
 
     @property
@@ -58,7 +59,7 @@ class SamplingConfig:
         return GuidanceSchedule(self.cfg_scale, self.cfg_interval)
 
     def guided_channels(self, in_channels: int) -> int | None:
-        """How many noise channels ``forward_with_cfg`` guides, for a latent of so many channels."""
+        """Value of ``channels`` for ``forward_with_cfg``; None applies the release's rule."""
         return in_channels if self.cfg_channels == "all" else None
 
     def labels_of(self, indices: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -44,7 +44,7 @@ def sample_settings(
         weights: "ema" or "model".
         weights_sha256: hash of the file that the weights were read from.
         vae: name of the VAE.
-        vae_sha256: hash of its weights; None without a network.
+        vae_sha256: hash of its weights; None for "pixels", which has none.
         image_size: pixels per side.
     """
     return {

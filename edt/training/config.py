@@ -35,7 +35,7 @@ class TrainConfig:
     init_lr: float = 1e-3
     """Learning rate of the first step."""
     final_lr: float = 5e-5
-    """Learning rate after ``lr_steps``; a smaller ``init_lr`` stays constant."""
+    """Learning rate after ``lr_steps``. If ``init_lr`` is below it, the rate stays ``init_lr``."""
     lr_steps: int = 400_000
     """Steps over which the learning rate falls linearly."""
     optimizer: OptimizerName = "adan"
@@ -43,7 +43,7 @@ class TrainConfig:
     ema_decay: float = 0.9999
     """Decay of the moving average of the weights, per step."""
     label_dropout: float = 0.1
-    """Share of labels that become the null class."""
+    """Probability that a label is replaced by the null class."""
     masking: Masking = "edt"
     """See edt.masking.MASKINGS."""
     noise: PassNoise = "independent"
@@ -87,7 +87,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long a run trains and what it writes on the way; the weights do not depend on it."""
+    """How long a run trains and what it writes. The weights at a given step do not depend on it."""
 
     max_steps: int = 400_000
     """Stop after this many steps, counted from the run's first start."""
@@ -100,7 +100,7 @@ class LoopConfig:
     num_workers: int = 4
     """Processes that read features ahead; 0 reads them in the training process."""
     max_skipped_steps: int = 20
-    """The run stops after this many skipped steps in a row."""
+    """Stop after this many skipped steps in a row. A GPU is asked every ``log_every`` steps."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "log_every", "ckpt_every", "max_skipped_steps"):

@@ -20,8 +20,8 @@ class InitReport(NamedTuple):
 def init_from(model: DiffusionTransformer, weights: dict[str, torch.Tensor]) -> InitReport:
     """Copy the weights that fit into a model, for other classes or another resolution.
 
-    Position biases of another grid are resized. Of a label table for another number of classes,
-    the null class is kept. Parameters of other shapes stay as they were initialised.
+    Position biases of another grid are resized. If the number of classes differs, only the null
+    class of the label table is copied. Parameters of other shapes stay as they were initialised.
 
     Args:
         model: changed in place.

@@ -97,7 +97,7 @@ def training_loop(
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT instead of ending the process; a second SIGINT ends it.
+    """Records SIGTERM or SIGINT instead of ending the process; a SIGINT after that ends it.
 
     Attributes:
         number: the signal that came, or None.
@@ -107,11 +107,12 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self._previous = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+            number: signal.signal(number, self._record)
+            for number in (signal.SIGTERM, signal.SIGINT)
         }
         return self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

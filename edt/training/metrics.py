@@ -17,6 +17,7 @@ from accelerate.tracking import filter_trackers
 
 from edt.nn.flops import forward_flops, peak_flops_per_sec
 from edt.training.trainer import StepReport, Trainer
+from edt.utils.choices import check_choice
 from edt.utils.errors import UserError
 from edt.utils.files import atomic_write
 
@@ -162,8 +163,11 @@ def _finite_or_none(value: Any) -> Any:
 
 
 def check_tracker(tracker: Tracker | None) -> None:
-    """Raise a UserError if the package of a tracker is not installed."""
-    if tracker is not None and importlib.util.find_spec(tracker) is None:
+    """Raise a UserError if a tracker is unknown, or its package is not installed."""
+    if tracker is None:
+        return
+    check_choice("tracker", tracker, Tracker)
+    if importlib.util.find_spec(tracker) is None:
         raise UserError(f"--tracker {tracker} needs the package: pip install {tracker}")
 
 

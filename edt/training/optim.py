@@ -32,10 +32,10 @@ class StepOptimizer(Protocol):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """As of torch.optim.Optimizer."""
+        """See torch.optim.Optimizer."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
 
     def step(
         self,
@@ -47,20 +47,20 @@ class StepOptimizer(Protocol):
         """Update parameters and their moving averages, unless ``found_inf``.
 
         Args:
-            found_inf: () bool on the parameters' device; True skips the step without a trace.
+            found_inf: () bool on the parameters' device; True leaves every value unchanged.
             averages: one tensor per parameter, in the parameters' order.
             average_decay: average <- decay * average + (1 - decay) * parameter.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """As of torch.optim.Optimizer."""
+        """See torch.optim.Optimizer."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of torch.optim.Optimizer."""
+        """See torch.optim.Optimizer."""
 
 
 class _Factors(NamedTuple):
-    """What one pass of Adan multiplies by; each is a () float32 tensor on the device.
+    """Scalar factors of one Adan step; each is a () float32 tensor on the device.
 
     In a skipped step, every factor that would change something is 0.
     """
@@ -272,7 +272,7 @@ def learning_rate(step: int, initial: float, final: float, decay_steps: int) -> 
     Args:
         step: steps taken so far; the first step uses ``initial``.
         initial: learning rate of the first step.
-        final: learning rate at the end; a smaller ``initial`` stays constant.
+        final: learning rate at the end. If ``initial`` is below it, the rate stays ``initial``.
         decay_steps: length of the decay in steps.
     """
     final = min(final, initial)

@@ -51,7 +51,8 @@ def newest_run_dir(results_dir: Path, model: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    runs = list(results_dir.glob(f"[0-9]*-{model.replace('/', '-')}"))
+    name = re.compile(r"(\d{3,})-" + re.escape(model.replace("/", "-")))
+    runs = [path for path in results_dir.glob("*") if name.fullmatch(path.name)]
     if not runs:
         raise UserError(
             f"no run of {model} in {results_dir} to resume; leave --resume out to start a new run"
@@ -73,7 +74,16 @@ def choose_run_dir(
     if run_dir is not None:
         return run_dir
     if resume is not None:
-        return resume.parent.parent if resume.parent.name == "checkpoints" else resume
+        if not resume.is_dir():
+            raise UserError(
+                f"no checkpoint or run folder at {resume} to resume from; check --resume"
+            )
+        if not (resume / "manifest.json").exists():
+            return resume
+        run = resume.resolve().parent.parent
+        if resume.resolve().parent.name != "checkpoints":
+            raise UserError(f"{resume} is not inside a run folder; give --run-dir, too")
+        return run
     return new_run_dir(results_dir, model.replace("/", "-"))
 
 
@@ -137,9 +147,13 @@ def lock_run_dir(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(
                 f"another run is writing to {folder}; stop it or give another --run-dir"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"cannot lock {folder} ({error.strerror}); give another --run-dir"
             ) from None
         yield
 

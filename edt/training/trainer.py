@@ -27,13 +27,13 @@ class StepReport(NamedTuple):
 
     t: torch.Tensor  # (B,) timesteps
     weight: torch.Tensor  # (B,) importance weights of t
-    losses: torch.Tensor  # (B, passes), unweighted
+    losses: torch.Tensor  # (B, passes), with min-SNR and without importance weights
     grad_norm: torch.Tensor  # (), before clipping
     found_inf: torch.Tensor  # () bool; True: a loss or the gradient was not finite, step skipped
 
 
 class MicroBatch(NamedTuple):
-    """n images of this process, with the rows of k passes behind one another."""
+    """n images of this process. The rows of its k passes are concatenated, pass by pass."""
 
     rows: slice  # of this process's images
     passes: slice  # of the step's passes
@@ -43,7 +43,7 @@ class MicroBatch(NamedTuple):
     y: torch.Tensor  # (k n,), dropped labels replaced by the null class
     masks: TokenMasks | None  # of k n rows
     weight: torch.Tensor  # (n,)
-    network_rows: int  # rows that the network needs; it repeats them to as many as masks has
+    network_rows: int  # rows fed to the network: n with shared noise (it repeats them), else k n
     is_last: bool
 
 
