@@ -22,8 +22,8 @@ from edt.utils.errors import UserError
 
 AMMForm = Literal["256", "512"]
 AMM_FORMS: dict[AMMForm, str] = {
-    "256": "0.5 exp(cos(2 pi d / T)), the paper's",
-    "512": "1.3 cos(2 pi d / T), the release's for images of 512 pixels and more",
+    "256": "0.5 exp(cos(2 pi d / P)), the paper's",
+    "512": "1.3 cos(2 pi d / P), the release's for images of 512 pixels and more",
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -31,26 +31,26 @@ AMM_FORMS: dict[AMMForm, str] = {
 
 
 def paper_radius(grid_size: int) -> float:
-    """The best radius of the paper's Table 10, in tokens: sqrt((N - 1)^2 + 4) on N x N tokens."""
+    """The best radius of the paper's Table 10, in tokens: sqrt((G - 1)^2 + 4) on G x G tokens."""
     return math.sqrt((grid_size - 1) ** 2 + 4)
 
 
 def modulation_matrix(
     grid_size: int, form: AMMForm = "256", radius: float | None = None
 ) -> torch.Tensor:
-    """The modulation of every pair of tokens on a square grid.
+    """The AMM factor of every pair of tokens on a square grid.
 
-    Let N be the grid size, d the distance of two tokens, T = 4 (N - 1) sqrt(2) the period (four
-    times the largest distance) and R the radius. Form "256" is 0.5 exp(cos(2 pi d / T)), form "512"
-    is 1.3 cos(2 pi d / T). Both are 0 where d > R.
+    Let G be the grid size, N = G^2, d the distance of two tokens, P = 4 (G - 1) sqrt(2) the period
+    (four times the largest distance) and R the radius. Form "256" is 0.5 exp(cos(2 pi d / P)), form
+    "512" is 1.3 cos(2 pi d / P). Both are 0 where d > R.
 
     Args:
-        grid_size: tokens per side, N. A single token has a matrix of ones.
+        grid_size: tokens per side, G. A single token has a matrix of ones.
         form: see :data:`AMM_FORMS`.
         radius: R in tokens; None takes :func:`paper_radius`.
 
     Returns:
-        (N^2, N^2) float32, symmetric.
+        (N, N) float32, symmetric.
 
     Raises:
         UserError: unknown form, or a radius that is negative or not finite.
@@ -65,7 +65,7 @@ def modulation_matrix(
     row, column = torch.meshgrid(token, token, indexing="ij")
     row, column = row.flatten(), column.flatten()
     squared = (row[:, None] - row).square() + (column[:, None] - column).square()
-    # Tokens N - 1 rows and 2 columns apart lie exactly at the paper's radius and count as inside.
+    # Tokens G - 1 rows and 2 columns apart lie exactly at the paper's radius and count as inside.
     # Integers compare exactly; 1e-6 undoes the rounding of squaring a square root.
     squared_limit = math.floor(radius * radius + 1e-6)
     phase = 2 * math.pi * squared.double().sqrt() / (4 * (grid_size - 1) * math.sqrt(2))

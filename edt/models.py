@@ -160,8 +160,8 @@ class EDTConfig:
 class EDT(DiffusionTransformer):
     """Efficient Diffusion Transformer: predicts noise and variance range of a noised latent.
 
-    In the comments, c is the condition (timestep plus label embedding) and D its width, w1 to w3
-    are the stages' widths, T is the number of stage-1 tokens.
+    In the comments, c is the condition (timestep plus label embedding), w1 to w3 are the stages'
+    widths, D = w1 is the width of c, and T is the number of stage-1 tokens.
 
     Attributes:
         modulations: the AMM in use, as :meth:`set_amm` left it.

@@ -65,7 +65,7 @@ def add_config_arguments(p: argparse.ArgumentParser) -> None:
         "--draw",
         choices=choices(Draw),
         help="once: one flip and one posterior sample per image, as in the release; "
-        "fresh: every epoch draws its own (default: %(default)s)",
+        "fresh: every epoch draws new flips and samples (default: %(default)s)",
     )
     p.add_argument(
         "--flip",

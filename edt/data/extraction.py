@@ -59,7 +59,7 @@ class ExtractionConfig:
     """Of the flips and posterior samples that are drawn at extraction."""
     draw: Draw = "once"
     """"once": one flip and one posterior sample per image, as in the release. "fresh": mean and
-    standard deviation of both orientations in float16; every epoch draws its own."""
+    standard deviation of both orientations in float16; every epoch draws new ones."""
     flip: bool = True
     """False: images are never mirrored."""
     layout: Layout = "packed"
@@ -148,7 +148,7 @@ class Extraction:
         self.shape: tuple[int, ...] = self.latent_shape  # of one image's stored values
         self.dtype, flips = "float32", "once"
         if config.draw == "fresh":
-            # Two moments of two orientations are four times as many values; float16 halves them.
+            # Two moments of two orientations are four times as many values; float16 halves the bytes.
             channels, height, width = self.latent_shape
             self.shape = (1 + config.flip, 2 * channels, height, width)
             self.dtype, flips = "float16", "both"

@@ -51,7 +51,7 @@ class FeatureInfo:
     draw: str | None = None
     """"once" or "fresh", see the module's docstring."""
     flips: str | None = None
-    """"none"; "once", drawn at extraction; or "both" orientations are stored."""
+    """"none"; "once": drawn at extraction; "both": both orientations are stored."""
     images_sha256: str | None = None
     """Hash of the images' paths below their folder, in order."""
     extraction_seed: int | None = None

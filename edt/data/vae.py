@@ -9,8 +9,8 @@ import torch
 
 from edt.utils.errors import UserError
 
-# Images decoded at once. The decoder's last layers hold 34 MB per tensor and image of 256 pixels
-# (128 channels, fp32), so 32 images fill a GPU; a full sampling batch could exceed its memory.
+# Images decoded at once. The last layers hold 34 MB per tensor and image of 256 x 256 pixels (128
+# channels, fp32). 32 images keep a GPU busy; a full sampling batch could exceed its memory.
 DECODE_BATCH = 32
 
 
