@@ -148,7 +148,7 @@ class Extraction:
         self.shape: tuple[int, ...] = self.latent_shape  # of one image's stored values
         self.dtype, flips = "float32", "once"
         if config.draw == "fresh":
-            # Two moments of two orientations are four times as many values; float16 halves the bytes.
+            # Two moments of two orientations are four times the values; float16 halves the bytes.
             channels, height, width = self.latent_shape
             self.shape = (1 + config.flip, 2 * channels, height, width)
             self.dtype, flips = "float16", "both"
