@@ -150,7 +150,7 @@ def table(rows: list[dict], real: dict) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-@exit_on_user_error
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     loaded = load_for_sampling(args, get_distributed_env().device)

@@ -162,9 +162,6 @@ class EDT(DiffusionTransformer):
 
     In the comments, c is the condition (timestep plus label embedding), w1 to w3 are the stages'
     widths, D = w1 is the width of c, and T is the number of stage-1 tokens.
-
-    Attributes:
-        modulations: the AMM in use, as :meth:`set_amm` left it.
     """
 
     config: EDTConfig
@@ -229,7 +226,8 @@ class EDT(DiffusionTransformer):
         c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
         x = embedded = self.x_embedder(x) + self.pos_embed                  # (B, T, w1)
         x = self._stage(0, x, c, stop=first_mask)                           # (B, T, w1)
-        x, embedded, c = keep.repeat_rows(x, embedded, c)                   # B is k B from here on
+        if masks is not None:
+            x, embedded, c = masks.repeat_rows(x, embedded, c)              # B is k B from here on
         x = self._hide(x, keep.mid)                                         # (B, T, w1)
         x = self._stage(0, x, c, start=first_mask)                          # (B, T, w1)
         x = reduced = self.down_blocks[0](x, c, keep.down0)                 # (B, T/4, w2)

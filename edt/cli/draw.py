@@ -88,7 +88,7 @@ def draw_images(
     return images.unflatten(0, (len(classes), variations))
 
 
-@exit_on_user_error
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> int:
     """Draw; returns the exit code."""
     args = parser().parse_args(argv)

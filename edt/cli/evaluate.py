@@ -190,7 +190,7 @@ def parse(argv: list[str]) -> tuple[Callable[[argparse.Namespace], None], argpar
     return score, score_parser().parse_args(argv)
 
 
-@exit_on_user_error
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     command, args = parse(sys.argv[1:] if argv is None else argv)
     # Stdout has the scores alone, so that other programs can read them.

@@ -93,7 +93,7 @@ def add_config_arguments(p: argparse.ArgumentParser) -> None:
     p.set_defaults(**dataclasses.asdict(ExtractionConfig()))
 
 
-@exit_on_user_error
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> int:
     """Run the script on these arguments, or on the command line's. Returns the exit code."""
     args = parser().parse_args(argv)

@@ -2,37 +2,33 @@
 
 import contextlib
 import errno
-import functools
 import sys
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterator
 
 from edt.utils.errors import UserError
 
-P = ParamSpec("P")
-R = TypeVar("R")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def exit_on_user_error(main: Callable[P, R]) -> Callable[P, R]:
-    """Print a :class:`UserError` of ``main``, or a full disk, as one line; exit with code 2."""
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Print a :class:`UserError`, or a full disk, as one line and exit with code 2.
 
-    @functools.wraps(main)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            message = str(error)
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            place = error.filename or "while writing"
-            message = (
-                f"{error.strerror} ({place}); free some disk space and run the command again. "
-                "Finished files are complete"
-            )
-        with contextlib.suppress(OSError):  # stderr may be a file on the full disk
-            print(f"error: {message}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
-
-    return run
+    A script's ``main`` carries it as a decorator, ``@exit_on_user_error()``.
+    """
+    try:
+        yield
+        return
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        place = error.filename or "while writing"
+        message = (
+            f"{error.strerror} ({place}); free some disk space and run the command again. "
+            "Finished files are complete"
+        )
+    with contextlib.suppress(OSError):  # stderr may be a file on the full disk
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)

@@ -83,7 +83,7 @@ def write_pngs(folder: Path, archive: SampleArchive, indices: range) -> None:
             Image.fromarray(image).save(temporary, format="png")
 
 
-@exit_on_user_error
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> int:
     """Sample; returns the exit code."""
     args = parser().parse_args(argv)

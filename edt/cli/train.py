@@ -217,7 +217,7 @@ def log_init_report(source: str, report: InitReport) -> None:
         logging.info("from %s: %d parameters %s: %s", source, len(names), outcome, shown)
 
 
-@exit_on_user_error
+@exit_on_user_error()
 def main(argv: list[str] | None = None) -> int:
     """Train; returns the exit code."""
     args = parser().parse_args(argv)

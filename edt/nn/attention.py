@@ -2,11 +2,11 @@
 the softmax and an optional factor after it.
 """
 
+import contextlib
 from typing import Literal
 
 import torch
 
-from edt.nn.precision import no_autocast
 from edt.utils.choices import unknown_choice
 
 AttentionBackend = Literal["auto", "reference", "triton"]
@@ -68,3 +68,12 @@ def attention(
         if amm_matrix is not None:
             weights = weights * amm_matrix.to(weights.dtype)
         return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A region whose operations run in the types of their inputs."""
+    # The meta device has no autocast. torch.amp.is_autocast_available would say so, but torch 2.11
+    # cannot compile that call.
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

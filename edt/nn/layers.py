@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import nn
 
-from edt.nn.attention import AttentionBackend, attention
-from edt.nn.precision import no_autocast
+from edt.nn.attention import AttentionBackend, attention, no_autocast
 
 # ---------------------------------------------------------------------------------------------
 # Functions

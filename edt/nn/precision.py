@@ -41,15 +41,6 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """A region whose operations run in the types of their inputs."""
-    # The meta device has no autocast. torch.amp.is_autocast_available would say so, but torch 2.11
-    # cannot compile that call.
-    if device.type == "meta":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
 def round_weights(model: nn.Module) -> None:
     """Store the weights of linear layers in bfloat16, in place.
 

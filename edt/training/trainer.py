@@ -99,6 +99,7 @@ class Trainer:
         self.separate_passes = separate_passes or not model.passes_fit_one_batch
 
         set_matmul_precision(config.precision)
+        self.autocast = autocast(self.device, config.precision)
         self.model = model.to(self.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.averages = list(self.ema.parameters())
@@ -137,7 +138,7 @@ class Trainer:
             with self._exchange_gradients(part.is_last):
                 x_t = self.diffusion.q_sample(part.x_start, part.t, part.noise)
                 n = part.network_rows
-                with autocast(self.device, config.precision):
+                with self.autocast:
                     output = self.network(x_t[:n], part.t[:n], part.y[:n], part.masks)
                 terms = self.diffusion.losses(output, part.x_start, x_t, part.t, part.noise)
                 loss = terms.loss.view(-1, len(part.weight)).T  # (images, passes)

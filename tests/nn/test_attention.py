@@ -5,7 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edt.amm import modulation_matrix
-from edt.nn.attention import ATTENTION_BACKENDS, AttentionBackend, attention
+from edt.nn.attention import ATTENTION_BACKENDS, AttentionBackend, attention, no_autocast
 from edt.utils.choices import choices
 from edt.utils.errors import UserError
 
@@ -149,3 +149,17 @@ def test_a_backend_that_cannot_run_here_is_refused():
     pytest.importorskip("triton")
     with pytest.raises(UserError, match="GPU"):
         attention(*make_inputs(4, torch.bfloat16)[:2], backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_autocast_operations_keep_the_types_of_their_inputs(dtype):
+    a = torch.randn(4, 4, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16), no_autocast(a.device):
+        assert (a @ a).dtype == dtype
+        assert a.softmax(0).dtype == dtype
+
+
+def test_the_meta_device_has_no_autocast_to_leave():
+    a = torch.empty(4, 4, device="meta")
+    with no_autocast(a.device):
+        assert (a @ a).dtype == torch.float32

@@ -7,7 +7,6 @@ from edt.models import EDT, EDT_models
 from edt.nn.precision import (
     PRECISIONS,
     autocast,
-    no_autocast,
     round_weights,
     set_matmul_precision,
 )
@@ -37,20 +36,6 @@ def test_bf16_lowers_matrix_products_and_no_other_precision_does(precision):
     with autocast(torch.device("cpu"), precision):
         dtype = (a @ a).dtype
     assert dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_autocast_operations_keep_the_types_of_their_inputs(dtype):
-    a = torch.randn(4, 4, dtype=dtype)
-    with autocast(torch.device("cpu"), "bf16"), no_autocast(a.device):
-        assert (a @ a).dtype == dtype
-        assert a.softmax(0).dtype == dtype
-
-
-def test_the_meta_device_has_no_autocast_to_leave():
-    a = torch.empty(4, 4, device="meta")
-    with no_autocast(a.device):
-        assert (a @ a).dtype == torch.float32
 
 
 @pytest.fixture
