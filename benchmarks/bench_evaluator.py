@@ -4,8 +4,8 @@
     python benchmarks/bench_evaluator.py statistics --reference 10000 --samples 50000
 
 Every measurement is a process of its own. So its peak memory is its own, and the threads of one
-library do not disturb another. CPU seconds are printed beside the seconds that passed: other work
-on the machine changes them less. Without --inception the network has random weights. Its scores
+library do not disturb another. CPU time is printed beside wall-clock time, because other load on
+the machine affects CPU time less. Without --inception the network has random weights. Its scores
 mean nothing then, but its arithmetic is the same.
 """
 

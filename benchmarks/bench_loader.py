@@ -32,7 +32,7 @@ from edt.data.features import (
     LABELS_FOLDER,
     MANIFEST_FILE,
     Batch,
-    Draw,
+    DrawMode,
     open_features,
     sample_posterior,
 )
@@ -42,7 +42,7 @@ LATENT_SHAPE, BATCH_SIZE = (4, 32, 32), 256
 GIB_PER_KIB = 2**-20
 
 
-def write_packed(folder: Path, count: int, draw: Draw) -> None:
+def write_packed(folder: Path, count: int, draw: DrawMode) -> None:
     """Write random features in the packed layout."""
     shape: tuple[int, ...] = LATENT_SHAPE
     dtype = "float32"

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--batch-size",
         type=int,
-        help="of the fast row; default: all at once. The released one's is 50",
+        help="batch size of the fast row; default: --num-images. The reference row uses 50",
     )
     p.add_argument("--steps", default="5", help="denoising steps")
     p.add_argument("--solver", choices=SOLVERS, default="ddpm", help="of the fast row")
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--decode",
         action="store_true",
-        help="to pixels and to disk: PNGs as released, the archive of samples",
+        help="also decode and write images: PNGs in the reference row, one .npz in the fast row",
     )
     p.add_argument("--repeats", type=int, default=3)
     measure.add_arguments(p)

@@ -5,8 +5,8 @@
     # a machine without bfloat16
     python benchmarks/bench_step.py --precision fp32 --json
 
-A step is both passes, optimizer, EMA and the step's draws. Latents are random; the time does not
-depend on them. Data loading is measured by bench_loader.py.
+A step draws the step inputs, runs both passes, and updates weights and EMA. Latents are random; the
+time does not depend on them. bench_loader.py measures data loading.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from edt.registry import MODELS, create_model
 from edt.training.config import PASS_NOISES, PassNoise, TrainConfig
 from edt.training.trainer import Trainer
 
-# Largest relative error of the losses. The gradients may have five times as much.
+# Largest allowed relative error of the losses. The limit for gradients is five times larger.
 MAX_ERRORS = {"fp32": 1e-5, "tf32": 2e-2, "bf16": 2e-2}
 
 
@@ -49,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def make_model(name: str) -> EDT:
-    """A network without zeros: with its initial ones, most of the network would have no effect."""
+    """A network whose zero-initialised parameters are drawn at random instead.
+
+    With the zeros, most of the network would not affect the output, and errors would not show.
+    """
     torch.manual_seed(0)
     model = create_model(name)
     for parameter in model.parameters():

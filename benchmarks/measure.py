@@ -44,10 +44,10 @@ def wait(device: torch.device) -> None:
 def in_turn(
     rows: dict[str, Callable[[], Any]], repeats: int, device: torch.device, warm_up: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Seconds of each row's calls, and on a GPU the memory of a call at its peak.
+    """Time each row's calls and, on a GPU, measure the peak memory of a call.
 
-    The rows take turns, so that a busy machine is busy for all. The memory is counted above the
-    resident one, which is the state of all rows.
+    The rows take turns, so that other load on the machine affects all rows alike. Peak memory is
+    the increase over the memory allocated before the call, which holds the models of all rows.
 
     Args:
         rows: what is called, by name.
@@ -108,6 +108,15 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def origin(device: torch.device) -> dict[str, Any]:
+    """Command, date and machine of a result."""
+    return {
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(device),
+    }
+
+
 def _triton_version() -> str | None:
     try:
         import triton
@@ -134,18 +143,16 @@ def finish(
     """
     for row in rows.values():
         row["ratio"] = rows["reference"]["median_sec"] / row["median_sec"]
-    result = {
-        "benchmark": name,
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(device),
-        "rows": rows,
-        "gates": gates,
-    }
+    result = {"benchmark": name, **origin(device), "rows": rows, "gates": gates}
     for label, row in rows.items():
         values = [f"{key} {round(value, 4)}" for key, value in row.items() if value is not None]
         print(f"{label:34}{'  '.join(values)}")
     print("correctness", json.dumps({gate: float(f"{error:.2g}") for gate, error in gates.items()}))
+    save(name, args, result)
+
+
+def save(name: str, args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """With --json, write a result that has "date" and "machine" to a file."""
     print(json.dumps(result["machine"]))
     if args.json is not None:
         path = Path(args.json) if args.json else RESULTS / f"{result['date']}-{name}.json"

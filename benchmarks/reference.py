@@ -29,7 +29,7 @@ def as_released(model: EDT) -> EDT:
     for block in model.blocks:
         block.forward = types.MethodType(_block, block)
         block.attn.forward = types.MethodType(_attention, block.attn)
-        # It stays on the host and travels at every use.
+        # As in the release, the index stays on the host and is copied to the GPU at every use.
         block.attn.host_index = block.attn.rel_pos_bias.index.cpu()
     return model
 
@@ -54,7 +54,7 @@ def _attention(self: Attention, x: torch.Tensor) -> torch.Tensor:
 
 
 class HostTables(GaussianDiffusion):
-    """A diffusion whose tables stay on the host and travel at every use."""
+    """A diffusion whose tables stay on the host and are copied to the device at every use."""
 
     def __init__(self, steps: str = "") -> None:
         super().__init__(linear_betas(), respaced_timesteps(steps))
@@ -155,7 +155,8 @@ def reference_sampling(
         x: noise that the loop starts from, (B, C, S, S).
         y: labels, (B,).
         cfg_scale: scale of guidance.
-        noise_at: the noise of one half at each step; None draws that of both, as released.
+        noise_at: noise of each step, used for both halves; None draws separate noise for each
+            half, as released.
     """
     sampler = DDPMSampler(steps)
     sampler.diffusion = HostTables(steps)

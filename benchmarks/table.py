@@ -21,7 +21,7 @@ def table() -> str:
         if "benchmark" in result:
             newest[result["benchmark"]] = result
     lines = [
-        "| command | row | seconds | images/s | against the released arithmetic |",
+        "| command | row | seconds | images/s | speed-up over the reference |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
     for result in newest.values():

@@ -40,9 +40,10 @@ def modulation_matrix(
 ) -> torch.Tensor:
     """The AMM factor of every pair of tokens on a square grid.
 
-    Let G be the grid size, N = G^2, d the distance of two tokens, P = 4 (G - 1) sqrt(2) the period
-    (four times the largest distance) and R the radius. Form "256" is 0.5 exp(cos(2 pi d / P)), form
-    "512" is 1.3 cos(2 pi d / P). Both are 0 where d > R.
+    Let G be the grid size, N = G^2, d the distance of two tokens and R the radius. The period
+    P = 4 (G - 1) sqrt(2) is four times the largest distance, so the cosine falls from 1 to 0 across
+    the grid. Form "256" is 0.5 exp(cos(2 pi d / P)). Form "512" is 1.3 cos(2 pi d / P). Both are 0
+    where d > R.
 
     Args:
         grid_size: tokens per side, G. A single token has a matrix of ones.
@@ -59,7 +60,7 @@ def modulation_matrix(
     radius = paper_radius(grid_size) if radius is None else radius
     if not 0 <= radius < math.inf:
         raise UserError(f"AMM radius must be a number of tokens, 0 or more, got {radius}")
-    if grid_size == 1:
+    if grid_size == 1:  # the period would be 0
         return torch.ones(1, 1)
     token = torch.arange(grid_size)
     row, column = torch.meshgrid(token, token, indexing="ij")
@@ -74,11 +75,11 @@ def modulation_matrix(
 
 
 # ---------------------------------------------------------------------------------------------
-# Where to put it
+# The choice of blocks
 
 
 class Placement(NamedTuple):
-    """The blocks (0-based) that ``set_amm("auto")`` modulates, tuned per model by the paper."""
+    """The blocks (0-based) that ``set_amm("auto")`` modulates. They are tuned for each model."""
 
     low_cfg: tuple[int, ...]  # guidance scale below 2
     high_cfg: tuple[int, ...]  # guidance scale 2 and above
@@ -86,7 +87,7 @@ class Placement(NamedTuple):
 
 
 def auto_blocks(
-    placement: Placement | None, cfg_scale: float, for_512_pixels: bool
+    placement: Placement | None, cfg_scale: float, uses_512_amm: bool
 ) -> tuple[int, ...]:
     """The blocks of a placement for a guidance scale and a resolution.
 
@@ -97,13 +98,13 @@ def auto_blocks(
         raise UserError(
             "no AMM placement is known for this layout; name blocks with --amm-blocks, e.g. 7,10"
         )
-    if for_512_pixels and placement.at_512 is not None:
+    if uses_512_amm and placement.at_512 is not None:
         return placement.at_512
     return placement.low_cfg if cfg_scale < 2 else placement.high_cfg
 
 
 # ---------------------------------------------------------------------------------------------
-# Switching it on
+# The matrices of a network
 
 
 class Modulation(NamedTuple):
@@ -114,7 +115,7 @@ class Modulation(NamedTuple):
     radius: float  # tokens of the block's grid
 
 
-def modulate_attention(
+def set_amm_matrices(
     attention_blocks: Sequence[Attention],
     blocks: Sequence[int],
     form: AMMForm,

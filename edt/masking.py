@@ -26,19 +26,19 @@ class TokenMasks(NamedTuple):
 
     down0: torch.Tensor | None  # (B, T), tokens that enter the first down-sampling
     down1: torch.Tensor | None  # (B, T / 4), tokens that enter the second
-    mid: torch.Tensor | None = None  # (B, T), tokens that enter EDTConfig.mid_mask_block
+    mid: torch.Tensor | None = None  # (B, T), tokens before EDTConfig.mid_mask_block, in stage 1
 
     def select(self, rows: slice) -> "TokenMasks":
         """The masks of some images of the batch."""
         return TokenMasks(*(None if mask is None else mask[rows] for mask in self))
 
-    def after_full_pass(self) -> "TokenMasks":
-        """Masks (2B rows) for a full and a masked pass as one batch, the full pass first."""
+    def prepend_full_pass(self) -> "TokenMasks":
+        """Masks of 2B rows for both passes in one batch: B rows that keep everything, then self."""
         both = (None if mask is None else torch.cat([torch.ones_like(mask), mask]) for mask in self)
         return TokenMasks(*both)
 
     def repeat_rows(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Repeat tensors (B, ...) to as many rows as the masks have."""
+        """Repeat tensors (B, ...) to the k B rows of the masks: one copy for each pass."""
         copies = 1 if self.down0 is None else len(self.down0) // len(tensors[0])
         if copies == 1:
             return tensors

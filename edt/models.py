@@ -15,7 +15,7 @@ import torch
 from timm.layers import PatchEmbed
 from torch import nn
 
-from edt.amm import AMMForm, Modulation, Placement, auto_blocks, modulate_attention
+from edt.amm import AMMForm, Modulation, Placement, auto_blocks, set_amm_matrices
 from edt.masking import TokenMasks
 from edt.nn.layers import (
     Attention,
@@ -91,18 +91,18 @@ class EDTConfig:
         return self.input_size // self.patch_size
 
     @property
-    def for_512_pixels(self) -> bool:
-        """Whether AMM takes its 512-pixel form and placement.
+    def uses_512_amm(self) -> bool:
+        """Whether AMM takes its 512-pixel form and placement: for images of 512 pixels and more.
 
-        Without a recorded image size, latents with more than 3 channels are taken as the SD-VAE's,
-        with 8 pixels per latent position; latents with up to 3 channels are taken as pixels.
+        An unknown image size is computed from the latent. With more than 3 channels it comes from
+        the SD-VAE, which has 8 pixels per latent position. With up to 3 channels it is an image.
         """
         pixels_per_latent = 8 if self.in_channels > 3 else 1
         image_size = self.image_size or pixels_per_latent * self.input_size
         return image_size >= 512
 
     def with_width_of(self, other: "EDTConfig") -> "EDTConfig":
-        """This configuration with the stage widths and the patch size of another."""
+        """Copy with the widths and patch size of ``other``. The checkpoint decides the depths."""
         return dataclasses.replace(self, num_heads=other.num_heads, patch_size=other.patch_size)
 
     @classmethod
@@ -128,8 +128,8 @@ class EDTConfig:
         try:
             width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
             last_block = max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
-            # Neighbouring stages differ in width and in grid, so each run of equal (width of qkv,
-            # length of bias table) is a stage.
+            # A stage is a run of blocks with equal qkv width and bias-table length. The width alone
+            # would merge stages with equal head counts; the bias table shows their grids.
             kinds = []
             for block in range(last_block + 1):
                 attention = f"blocks.{block}.attn"
@@ -166,33 +166,33 @@ class EDT(DiffusionTransformer):
 
     config: EDTConfig
     pos_embed: torch.Tensor  # (1, T, w1)
-    passes_fit_one_batch = True
+    can_batch_passes = True
 
     def __init__(self, config: EDTConfig) -> None:
         super().__init__()
         self.config = config
         self.in_channels, self.num_classes = config.in_channels, config.num_classes
         self.modulations: tuple[Modulation, ...] = ()
-        grid, tie, pes = config.grid_size, config.tie, config.pes
-        grids = (grid, grid // 2, grid // 4, grid // 2, grid)
-        heads1, heads2, heads3 = config.num_heads
-        w1, w2, w3 = (HEAD_DIM * heads for heads in config.num_heads)
+        tie, pes = config.tie, config.pes
+        g1, g2, g3 = (config.grid_size // factor for factor in (1, 2, 4))  # tokens per side
+        h1, h2, h3 = config.num_heads
+        w1, w2, w3 = (HEAD_DIM * num_heads for num_heads in config.num_heads)
         self.x_embedder = PatchEmbed(config.input_size, config.patch_size, config.in_channels, w1)
         self.t_embedder = TimestepEmbedder(w1)
         self.y_embedder = LabelEmbedder(config.num_classes, w1)
-        self.register_buffer("pos_embed", sincos_table(w1, grid))
+        self.register_buffer("pos_embed", sincos_table(w1, g1))
         self.blocks = nn.ModuleList()
-        stage_heads = (heads1, heads2, heads3, heads2, heads1)
-        for depth, heads, side in zip(config.depths, stage_heads, grids, strict=True):
+        stages = zip(config.depths, (h1, h2, h3, h2, h1), (g1, g2, g3, g2, g1), strict=True)
+        for depth, num_heads, grid_size in stages:
             for _ in range(depth):
-                bias = RelativePositionBias(side, heads)
-                self.blocks.append(Block(HEAD_DIM * heads, heads, w1, side, bias))
-        down1 = DownSample(w1, w2, w1, grid // 2, tie, pes)
-        down2 = DownSample(w2, w3, w1, grid // 4, tie, pes)
+                bias = RelativePositionBias(grid_size, num_heads)
+                self.blocks.append(Block(HEAD_DIM * num_heads, num_heads, w1, grid_size, bias))
+        down1 = DownSample(w1, w2, w1, g2, tie, pes)
+        down2 = DownSample(w2, w3, w1, g3, tie, pes)
         self.down_blocks = nn.ModuleList([down1, down2])
         self.up_blocks = nn.ModuleList([UpSample(w3, w2), UpSample(w2, w1)])
-        skip1 = LongSkip(w2, w1, grid // 2, tie, pes)
-        skip2 = LongSkip(w1, w1, grid, tie, pes)
+        skip1 = LongSkip(w2, w1, g2, tie, pes)
+        skip2 = LongSkip(w1, w1, g1, tie, pes)
         self.concat_blocks = nn.ModuleList([skip1, skip2])
         self.final_layer = FinalLayer(w1, config.patch_size, 2 * config.in_channels, w1)
         self._initialize()
@@ -204,15 +204,15 @@ class EDT(DiffusionTransformer):
         y: torch.Tensor | None = None,
         masks: TokenMasks | None = None,
     ) -> torch.Tensor:
-        """One pass of Figure 3.
+        """One pass of Figure 3. A long skip carries a stage's input, not its output as in U-ViT.
 
         Args:
             x: noised latents, (B, C, S, S).
             t: timesteps of the 1000-step process, (B,).
             y: class labels, (B,) int; the null class is ``num_classes``, and None means it for all.
-            masks: hide tokens inside the down-sampling modules (training's masked pass). Masks of
-                k B rows put every image through k times, as if the batch had been repeated. The
-                layers before the first mask give the same result for all k and run once.
+            masks: hide tokens inside the down-sampling modules (training's masked pass). They have
+                B rows, or k B rows for k passes of the same B images in one call. The layers before
+                the first mask are equal in all k passes, so they run once, on B rows.
 
         Returns:
             (B, 2C, S, S), or (k B, 2C, S, S): noise, then variance range.
@@ -224,11 +224,11 @@ class EDT(DiffusionTransformer):
         first_mask = self.config.depths[0] if mid_block is None else mid_block  # block of stage 1
         # fmt: off
         c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
-        x = embedded = self.x_embedder(x) + self.pos_embed                  # (B, T, w1)
+        x = embedded = self.x_embedder(x) + self.pos_embed                  # (B, T, w1), unmasked
         x = self._stage(0, x, c, stop=first_mask)                           # (B, T, w1)
         if masks is not None:
             x, embedded, c = masks.repeat_rows(x, embedded, c)              # B is k B from here on
-        x = self._hide(x, keep.mid)                                         # (B, T, w1)
+        x = self._mask_stage_1(x, keep.mid)                                 # (B, T, w1)
         x = self._stage(0, x, c, start=first_mask)                          # (B, T, w1)
         x = reduced = self.down_blocks[0](x, c, keep.down0)                 # (B, T/4, w2)
         x = self._stage(1, x, c)                                            # (B, T/4, w2)
@@ -272,7 +272,7 @@ class EDT(DiffusionTransformer):
         radius: float | None = None,
         cfg_scale: float = 1.0,
     ) -> tuple[int, ...]:
-        """Modulate the attention of some blocks (see edt.amm), or of none. Off after construction.
+        """Switch AMM (see edt.amm) on in these blocks and off in all others. A new model has none.
 
         Args:
             blocks: None switches AMM off. "auto" takes the placement that is known for the model's
@@ -287,13 +287,13 @@ class EDT(DiffusionTransformer):
         Raises:
             UserError: a block does not exist, or "auto" has no known placement.
         """
-        for_512_pixels = self.config.for_512_pixels
+        uses_512_amm = self.config.uses_512_amm
         if isinstance(blocks, str):
             if blocks != "auto":
                 raise UserError(f"AMM blocks are None, 'auto' or block numbers, got {blocks!r}")
-            blocks = auto_blocks(self.config.amm, cfg_scale, for_512_pixels)
-        form = form or ("512" if for_512_pixels else "256")
-        self.modulations = modulate_attention(self.attention_blocks(), blocks or (), form, radius)
+            blocks = auto_blocks(self.config.amm, cfg_scale, uses_512_amm)
+        form = form or ("512" if uses_512_amm else "256")
+        self.modulations = set_amm_matrices(self.attention_blocks(), blocks or (), form, radius)
         return tuple(modulation.block for modulation in self.modulations)
 
     def _stage(
@@ -306,8 +306,8 @@ class EDT(DiffusionTransformer):
             x = block(x, c)
         return x
 
-    def _hide(self, x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-        """EDT-XL's mask inside stage 1: a hidden token keeps its position embedding only."""
+    def _mask_stage_1(self, x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+        """EDT-XL's extra mask: a hidden token becomes its position embedding alone."""
         if keep is None or self.config.mid_mask_block is None:
             return x
         keep = keep.unsqueeze(-1).to(x.dtype)
@@ -374,13 +374,13 @@ def _create(
     **config: Any,
 ) -> EDT:
     if "depths" in config or "num_heads" in config:
-        # Block numbers of a preset mean nothing in another layout.
+        # A custom layout is a new model: the preset's block numbers were chosen for another one.
         preset = {**preset, "amm": None, "mid_mask_block": None}
     return EDT(EDTConfig(input_size, in_channels, num_classes, **{**preset, **config}))
 
 
 def _preset_of_layout(num_heads: tuple[int, ...], depths: tuple[int, ...]) -> dict[str, Any]:
-    """Fields that no tensor records, from the presets: mid_mask_block by width, amm by layout."""
+    """Fields that no tensor records: amm of the same layout, mid_mask_block of the same width."""
     same_size = [preset for preset in PRESETS.values() if preset["num_heads"] == num_heads]
     for preset in same_size:
         if preset["depths"] == depths:

@@ -65,7 +65,7 @@ def test_selected_masks_are_those_of_the_images(masks):
 
 
 def test_the_full_pass_comes_first_and_keeps_everything(masks):
-    both = masks.after_full_pass()
+    both = masks.prepend_full_pass()
     for mask, masked_pass in zip(both[:2], masks[:2], strict=True):
         assert mask[:4].all()
         assert torch.equal(mask[4:], masked_pass)
@@ -76,7 +76,7 @@ def test_rows_are_repeated_to_as_many_as_the_masks_have(masks):
     x = torch.arange(4.0).view(4, 1)
     c = -x
     for copies in (1, 2):
-        rows = masks if copies == 1 else masks.after_full_pass()
+        rows = masks if copies == 1 else masks.prepend_full_pass()
         repeated_x, repeated_c = rows.repeat_rows(x, c)
         assert repeated_x.flatten().tolist() == [0, 1, 2, 3] * copies
         assert torch.equal(repeated_c, -repeated_x)

@@ -153,7 +153,7 @@ def test_masks_of_more_rows_repeat_the_batch_after_the_common_part(mid):
     masked = draw_masks(
         2, 8, torch.Generator().manual_seed(0), mid_ratio=MID_RATIO if mid is not None else None
     )
-    forked = model(x, t, y, masked.after_full_pass())
+    forked = model(x, t, y, masked.prepend_full_pass())
     torch.testing.assert_close(
         forked, torch.cat([model(x, t, y), model(x, t, y, masked)]), rtol=1e-5, atol=1e-5
     )

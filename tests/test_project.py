@@ -110,10 +110,10 @@ def test_the_library_neither_prints_nor_unpickles():
 
 def test_environment_and_pyproject_name_the_same_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    expected = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert sorted(conda[-1]["pip"]) == sorted(wanted)
-    named = {re.split("[<>=]", package)[0] for package in wanted}
+    assert sorted(conda[-1]["pip"]) == sorted(expected)
+    named = {re.split("[<>=]", package)[0] for package in expected}
     assert named >= {
         "torch",
         "torchvision",

@@ -1,9 +1,9 @@
-"""All of EDT on real images, in minutes on a CPU.
+"""The complete EDT pipeline on real images, in minutes on a CPU.
 
     make demo        # or: python tools/demo.py [--out runs/demo]
 
-Features, masked training, sampling with and without AMM, evaluation and pictures. The demo runs the
-five scripts as a user would, on a folder of images: here scikit-learn's digits.
+The demo extracts features, trains with masking, samples with and without AMM, evaluates and writes
+pictures. It runs the five scripts as a user would, on scikit-learn's handwritten digits.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGE_SIZE = 16  # pixels: token grids of 8, 4 and 2
 STEPS, BATCH_SIZE, SAMPLES, CFG_SCALE = 900, 64, 200, 3.0
 HELD_BACK = 5  # every fifth image is not trained on
-CLASSES, GRID_ROWS, AMM_ROWS, ENLARGEMENT = 10, 8, 3, 3  # of the pictures
+CLASSES, GRID_ROWS, AMM_ROWS, ENLARGEMENT = 10, 8, 3, 3  # layout of the pictures
 
 
 class Samples(NamedTuple):

@@ -3,8 +3,8 @@
 A checkpoint is a folder named by its step::
 
     model.safetensors  ema.safetensors      weights, named as in the released state dicts
-    config.json                             the model's configuration, and what its features were
-    optimizer.safetensors  sampler.safetensors  state.json    what only training needs
+    config.json                             model configuration and a record of its features
+    optimizer.safetensors  sampler.safetensors  state.json    read only to resume training
     manifest.json                           size and SHA-256 of the other files
 
 It is written under a temporary name and renamed when it is complete. Nothing in it is pickled.
@@ -227,7 +227,7 @@ def flatten_optimizer(
                 tensors[f"{name}/{key}"] = value
             else:
                 values[f"{name}/{key}"] = value
-    step = group.get("step")
+    step = group.get("step")  # edt's Adan counts steps per group, other optimizers per parameter
     return tensors, {"step": None if step is None else int(step), "values": values}
 
 

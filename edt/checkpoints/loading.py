@@ -37,7 +37,7 @@ class CheckpointInfo:
 
 
 class Weights(NamedTuple):
-    """The weights of a checkpoint, and what they belong to."""
+    """Weights, model configuration and origin of a checkpoint."""
 
     tensors: dict[str, torch.Tensor]
     config: EDTConfig
@@ -78,6 +78,7 @@ def load_model(
     if num_classes is not None:
         expected = dataclasses.replace(expected, num_classes=num_classes)
     _check_shapes(tensors, expected, f"{path} as {model or config.family}")
+    # AMM has no weights, so only the name tells that a model is meant to run without it.
     if model is not None and model.endswith("_noAMM"):
         config = dataclasses.replace(config, amm=None)
     network = create_from_config(config)

@@ -95,7 +95,7 @@ def from_arguments(config: type, args: argparse.Namespace) -> Any:
 
 
 def add_speed_arguments(parser: Parser) -> None:
-    """Add what changes speed, and results by rounding only."""
+    """Add the flags that change the speed. They change results by rounding errors only."""
     parser.add_argument("--precision", choices=PRECISIONS, help=describe(PRECISIONS))
     parser.add_argument(
         "--compile",
@@ -114,7 +114,7 @@ def add_speed_arguments(parser: Parser) -> None:
 def add_sampling_arguments(
     parser: argparse.ArgumentParser, amm_type: Callable[[str], Any], amm_values: str
 ) -> None:
-    """Add what both image generators take; the defaults are those of SamplingConfig.
+    """Add the flags of both image generators; the defaults are those of SamplingConfig.
 
     Args:
         parser: the script's.
@@ -134,9 +134,9 @@ def add_sampling_arguments(
         default="ema",
         help="which weights of the checkpoint to load",
     )
-    p.add_argument("--model", metavar="NAME", help=f"expected model, one of {', '.join(MODELS)}")
-    p.add_argument("--image-size", type=int, metavar="PIXELS", help="expected image size")
-    p.add_argument("--num-classes", type=int, help="expected number of classes")
+    p.add_argument("--model", metavar="NAME", help=f"fail if not this model: {', '.join(MODELS)}")
+    p.add_argument("--image-size", type=int, metavar="PIXELS", help="fail if the model's differs")
+    p.add_argument("--num-classes", type=int, help="fail if the model has another number")
     p.add_argument(
         "--vae",
         help="ema, mse, a folder, a hub id, or pixels; default: the VAE that the checkpoint was "
@@ -178,7 +178,8 @@ def _add_amm_arguments(
         const=True,
         type=amm_type,
         metavar=amm_values,
-        help="modulate attention; without it AMM is on if an option below is given",
+        help="switch AMM on (default of image_generator.py: both; of image_generator_ddp.py: off, "
+        "unless an option below is given)",
     )
     g.add_argument(
         "--no-amm",
@@ -189,13 +190,21 @@ def _add_amm_arguments(
     g.add_argument(
         "--amm-blocks",
         metavar="BLOCKS",
-        help="0-based, e.g. 7,10; default: by model, resolution and guidance scale",
+        help="blocks to modulate, 0-based, e.g. 7,10; default: by model, resolution and guidance "
+        "scale",
     )
     g.add_argument(
-        "--amm-form", choices=AMM_FORMS, help=f"{describe(AMM_FORMS)}; default: by resolution"
+        "--amm-form",
+        choices=AMM_FORMS,
+        help="function of the distance d of two tokens; P is 4 times the largest d. "
+        f"{describe(AMM_FORMS)}; default: by resolution",
     )
     g.add_argument(
-        "--amm-radius", type=float, metavar="TOKENS", help="default: the paper's sqrt((N-1)^2+4)"
+        "--amm-radius",
+        type=float,
+        metavar="TOKENS",
+        help="the matrix is 0 beyond this distance; default: the paper's sqrt((G-1)^2+4) for G x G "
+        "tokens",
     )
 
 

@@ -1,4 +1,4 @@
-"""From arguments to models: what the image generators and the trainer build."""
+"""From arguments to models: code that the image generators and the trainer share."""
 
 import argparse
 import os
@@ -14,11 +14,11 @@ from edt.nn.precision import round_weights
 from edt.nn.transformer import DiffusionTransformer
 from edt.utils.errors import UserError
 
-BF16_CAPABILITY = (8, 0)  # of a GPU; older ones emulate bfloat16, slowly
+BF16_CAPABILITY = (8, 0)  # compute capability; GPUs below it emulate bfloat16 slowly
 
 
 class LoadedModel(NamedTuple):
-    """A model ready to sample, and what its images depend on."""
+    """A model that is ready to sample, its VAE, and a record of the checkpoint."""
 
     model: DiffusionTransformer
     vae: VAE
@@ -27,7 +27,7 @@ class LoadedModel(NamedTuple):
     info: CheckpointInfo
 
 
-def check_speed(args: argparse.Namespace, device: torch.device) -> None:
+def check_speed_options(args: argparse.Namespace, device: torch.device) -> None:
     """Refuse speed options that the device cannot run.
 
     Args:
@@ -66,7 +66,7 @@ def load_for_sampling(args: argparse.Namespace, device: torch.device) -> LoadedM
     Raises:
         UserError: the checkpoint or the VAE cannot be loaded, or they do not fit.
     """
-    check_speed(args, device)
+    check_speed_options(args, device)
     model, info = load_model(
         args.ckpt, args.model, weights=args.weights, num_classes=args.num_classes
     )

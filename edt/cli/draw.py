@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
         "--class-labels",
         nargs="+",
         metavar="CLASS",
-        help="numbers, or names of ImageNet or of your folders; default: nine of ImageNet, or the "
-        "first nine",
+        help="class indices or names (of ImageNet, or of your folders); default: for ImageNet nine "
+        "classes of the release, else the first nine",
     )
     p.add_argument("--num-variations", type=COUNT, default=5, help="images per class")
     p.add_argument("--per-proc-batch-size", type=COUNT, default=50, help="images per batch")
@@ -66,7 +66,7 @@ def choose_classes(names: list[str] | None, known: list[list[str]]) -> list[int]
     return list(range(min(9, len(known))))
 
 
-def draw_images(
+def sample_images(
     loaded: LoadedModel,
     config: SamplingConfig,
     classes: list[int],
@@ -103,12 +103,12 @@ def main(argv: list[str] | None = None) -> int:
     folder = make_folder(Path(args.output_dir) / f"seed{args.seed}-cfg{args.cfg_scale}")
 
     drawing = (loaded, config, classes, args.num_variations, args.per_proc_batch_size)
-    images = draw_images(*drawing)
+    images = sample_images(*drawing)
     name = "amm-" + "-".join(blocks) if blocks else "noamm"
     column_captions: list[str] = []
     if args.amm == "both":
         model.set_amm(None)
-        without = draw_images(*drawing)
+        without = sample_images(*drawing)
         images = torch.stack([images, without, difference(images, without)], dim=2).flatten(1, 2)
         captions = [f"AMM {', '.join(blocks)}", "without", "difference"]
         column_captions = captions * args.num_variations

@@ -4,8 +4,8 @@
     python evaluator.py make-ref IMAGES OUT.npz --image-size 256
     python evaluator.py convert-inception classify_image_graph_def.pb OUT.safetensors
 
-REF, SAMPLES and IMAGES are an .npz file of images, an image folder, a folder of samples that
-image_generator_ddp.py wrote, or a statistics file.
+REF, SAMPLES and IMAGES are an .npz file of images, an image folder, or a folder of samples that
+image_generator_ddp.py wrote. REF and SAMPLES can also be an .npz file of statistics (mu, sigma).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from edt.metrics import (
     Backend,
     FeatureExtractor,
     FeatureName,
-    Mode,
+    PrecisionRecallMode,
     Source,
     check_comparable,
     create_extractor,
@@ -65,7 +65,7 @@ def image_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="torch device, by default %(default)s here",
+        help="torch device (default on this machine: %(default)s)",
     )
     parser.add_argument(
         "--batch-size", type=COUNT, default=64, help="images per pass of the network"
@@ -85,7 +85,7 @@ def score_parser() -> argparse.ArgumentParser:
     parser.add_argument("samples", metavar="SAMPLES")
     parser.add_argument(
         "--pr",
-        choices=choices(Mode),
+        choices=choices(PrecisionRecallMode),
         help="arithmetic of precision and recall: ADM's half precision (adm, the default for "
         "inception) or float32 (exact, the default for pixels)",
     )
@@ -106,7 +106,7 @@ def score(args: argparse.Namespace) -> None:
         check_output(args.json)
     reference = open_images(args.reference, args)
     samples = open_images(args.samples, args)
-    check_comparable(reference, samples)  # before the network is looked for
+    check_comparable(reference, samples)  # before the weights are downloaded or loaded
     extractor = make_extractor(args)
     report = evaluate(
         reference, samples, extractor, args.pr, args.batch_size, args.cache_dir, progress=True

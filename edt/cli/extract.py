@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from edt.cli.arguments import COUNT, COUNT_OR_ZERO, from_arguments
 from edt.cli.main import exit_on_user_error
 from edt.data.extraction import CroppedImages, Extraction, ExtractionConfig
-from edt.data.features import Draw, Layout
+from edt.data.features import DrawMode, Layout
 from edt.data.vae import latent_shape, load_vae
 from edt.models import EDTConfig
 from edt.utils.choices import choices
@@ -37,20 +37,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--vae",
         default="ema",
-        help="ema, mse, a folder, a hub id, or pixels: images are the latents "
-        "(default: %(default)s)",
+        help="ema, mse, a diffusers folder, a hub id, or pixels for no VAE (default: %(default)s)",
     )
     p.add_argument(
         "--batch-size",
         type=COUNT,
         default=32,
-        help="images per process and call of the VAE (default: %(default)s)",
+        help="images per VAE call, in each process (default: %(default)s)",
     )
     p.add_argument(
         "--num-workers",
         type=COUNT_OR_ZERO,
         default=4,
-        help="processes that decode images, per process (default: %(default)s)",
+        help="data loader workers per process (default: %(default)s)",
     )
     add_config_arguments(p)
     return p
@@ -63,7 +62,7 @@ def add_config_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--draw",
-        choices=choices(Draw),
+        choices=choices(DrawMode),
         help="once: one flip and one posterior sample per image, as in the release; "
         "fresh: every epoch draws new flips and samples (default: %(default)s)",
     )
@@ -81,14 +80,13 @@ def add_config_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--shard-size",
         type=COUNT,
-        help="images per file of the packed layout; one process writes a file "
-        "(default: %(default)s)",
+        help="images per file of the packed layout (default: %(default)s)",
     )
     p.add_argument(
         "--global-seed",
         type=int,
         dest="seed",
-        help="of flips and posterior samples (default: %(default)s)",
+        help="seed of flips and posterior samples (default: %(default)s)",
     )
     p.set_defaults(**dataclasses.asdict(ExtractionConfig()))
 
@@ -101,8 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     images = CroppedImages(args.data_path, config.image_size)
     env = get_distributed_env()
     vae = load_vae(args.vae, env.device)
-    # EDT takes fewer sizes than the VAE. Such a size is refused now rather than by training, hours
-    # later.
+    # Raises if EDT does not support this image size. The VAE supports more sizes, so without this
+    # check the error would come only in training, after hours of extraction.
     EDTConfig(input_size=latent_shape(vae, config.image_size)[-1])
     extraction = Extraction(
         images, vae, args.vae, args.features_path, config, env.rank, env.world_size

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 8 image_generator_ddp.py --model EDT-S/2 --ckpt EDT-S.pt --amm \\
         --num-images 50000
 
-Image i is the same on any number of processes and at any batch size. Run the same command again
-after a crash: it draws only the images that are missing.
+Up to float rounding, image i does not depend on the number of processes or on the batch size. Run
+the same command again after a crash: it draws only the images that are missing.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Train EDT on extracted features with the masking strategy.
 
 accelerate launch --multi_gpu --num_processes 8 train_mask_adan.py --model EDT-S/2 \\
-    --feature-path features256 --run-dir results/s --epochs 81
+    --feature-path features256 --run-dir results/s --max-steps 400000
 """
 
 import argparse
@@ -23,7 +23,7 @@ from edt.cli.arguments import (
     path_or_none,
     set_defaults_from,
 )
-from edt.cli.build import check_speed
+from edt.cli.build import check_speed_options
 from edt.cli.main import exit_on_user_error
 from edt.data.batches import steps_per_epoch
 from edt.data.features import Features, open_features
@@ -66,22 +66,23 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--num-classes",
         type=int,
-        help="default: the features' own, or 1000 where they do not say; 0: unconditional",
+        help="default: as recorded in the features, else 1000; 0 trains an unconditional model",
     )
     p.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="expected of the features, else an error"
+        "--image-size", type=int, metavar="PIXELS", help="fail if the features differ in image size"
     )
-    p.add_argument("--vae", help="expected of the features, else an error")
+    p.add_argument("--vae", help="fail if the features were extracted with another VAE")
     _add_run_arguments(p.add_argument_group("run"))
     _add_method_arguments(p.add_argument_group("method"))
     add_speed_arguments(p.add_argument_group("speed"))
     set_defaults_from(p, TrainConfig, LoopConfig)
-    p.set_defaults(init_lr=None, max_steps=None)  # by model, by --epochs
+    # None: main() derives init_lr from the model's name and max_steps from --epochs.
+    p.set_defaults(init_lr=None, max_steps=None)
     return p
 
 
 def _add_run_arguments(g: argparse._ArgumentGroup) -> None:
-    """Add what the weights do not depend on."""
+    """Add the flags of one run: folders, checkpoints, duration, logging."""
     add = g.add_argument
     add("--results-dir", default="results", metavar="DIR", help="a new run is DIR/NNN-MODEL")
     add("--run-dir", metavar="DIR", help="the run's folder; continued if it holds a checkpoint")
@@ -91,31 +92,31 @@ def _add_run_arguments(g: argparse._ArgumentGroup) -> None:
         nargs="?",
         const=RESUME_RUN,
         metavar="PATH",
-        help="demand a checkpoint to continue from: PATH is a checkpoint or a run, by default "
-        "--run-dir, or the newest run of the model in --results-dir",
+        help="resume from PATH, a checkpoint or a run folder, and fail if there is no checkpoint; "
+        "PATH defaults to --run-dir, else to the newest run of --model in --results-dir",
     )
-    add("--resume-step", type=int, metavar="STEP", help="demand the checkpoint of this step")
+    add("--resume-step", type=int, metavar="STEP", help="like --resume, at this step")
     add(
         "--allow-config-change",
         action="store_true",
-        help="continue with other flags of the method, or with other features",
+        help="resume although method flags or features differ from those of the checkpoint",
     )
     add(
         "--init-from",
         metavar="CKPT",
-        help="start from the EMA weights of another model, as far as they fit",
+        help="initialise from the EMA weights of this checkpoint; see docs/training.md",
     )
     add("--epochs", type=COUNT, default=90, help="passes over the features")
-    add("--max-steps", type=COUNT, metavar="STEPS", help="stop here instead of after --epochs")
+    add("--max-steps", type=COUNT, metavar="STEPS", help="total steps; overrides --epochs")
     add("--log-every", type=COUNT, metavar="STEPS", help="steps between lines of the log")
     add("--ckpt-every", type=COUNT, metavar="STEPS", help="steps between checkpoints")
-    add("--keep-last", type=COUNT, default=3, metavar="N", help="newest checkpoints that stay")
+    add("--keep-last", type=COUNT, default=3, metavar="N", help="keep the N newest checkpoints")
     add(
         "--keep-every",
         type=COUNT,
         default=50_000,
         metavar="STEPS",
-        help="checkpoints at multiples of this many steps stay, too",
+        help="also keep the checkpoints at multiples of STEPS",
     )
     add(
         "--sample-every",
@@ -135,9 +136,9 @@ def _add_run_arguments(g: argparse._ArgumentGroup) -> None:
 
 
 def _add_method_arguments(g: argparse._ArgumentGroup) -> None:
-    """Add what the weights depend on."""
+    """Add the flags of TrainConfig, and those that split a batch to save memory."""
     add = g.add_argument
-    share = Number(float, least=0, most=1)
+    fraction = Number(float, least=0, most=1)
     positive = Number(float, above=0)
     add("--global-batch-size", type=COUNT, metavar="IMAGES", help="over all processes")
     add(
@@ -145,21 +146,24 @@ def _add_method_arguments(g: argparse._ArgumentGroup) -> None:
         "--mini-batch-size",
         type=Number(least=-1),
         metavar="IMAGES",
-        help="images that a process puts through the network at once; the update is the same",
+        help="images per forward pass and process, with gradient accumulation; does not change the "
+        "update (default: all images of the process)",
     )
     add(
         "--separate-passes",
         action="store_true",
         help="full and masked pass one after the other: slower, less memory, the same update",
     )
-    add("--init-lr", type=positive, help="default: 1e-3; 5e-4 for EDT-XL")
+    add("--init-lr", type=positive, help="first learning rate (default: 1e-3; 5e-4 for EDT-XL)")
     add("--final-lr", type=positive, help="learning rate after --lr-steps")
     add("--lr-steps", type=COUNT, help="steps from --init-lr to --final-lr, linearly")
     add("--optimizer", choices=OPTIMIZERS, help=describe(OPTIMIZERS))
-    add("--max-grad-norm", "--clip", type=positive, help="default: gradients are not clipped")
-    add("--ema-decay", type=share, help="decay of the weights' moving average, per step")
+    add("--max-grad-norm", "--clip", type=positive, help="clip to this norm (default: never)")
+    add("--ema-decay", type=fraction, help="decay of the weights' moving average, per step")
     add(
-        "--label-dropout", type=share, help="probability that a label is replaced by the null class"
+        "--label-dropout",
+        type=fraction,
+        help="probability that a label is replaced by the null class",
     )
     add("--masking", choices=MASKINGS, help=describe(MASKINGS))
     add("--noise", choices=PASS_NOISES, help=describe(PASS_NOISES))
@@ -170,11 +174,11 @@ def _add_method_arguments(g: argparse._ArgumentGroup) -> None:
         help="how timesteps are drawn",
     )
     add("--min-snr-gamma", type=positive, help="gamma of the loss weight min(SNR, gamma) / SNR")
-    add("--global-seed", type=int, dest="seed", help="fixes initial weights, data and draws")
+    add("--global-seed", type=int, dest="seed", help="seed of weights, data order and noise")
 
 
-def find_run(args: argparse.Namespace) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint or run that --resume demands (None: no demand)."""
+def resolve_run_dir(args: argparse.Namespace) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint or run to resume from (None: not required)."""
     run_dir, results_dir = path_or_none(args.run_dir), Path(args.results_dir)
     demands_run = args.resume == RESUME_RUN or (
         args.resume is None and args.resume_step is not None
@@ -190,7 +194,7 @@ def create_trainer(
 ) -> tuple[Trainer, InitReport | None]:
     """The trainer of a fresh network, and what --init-from copied into the network."""
     accelerator = create_accelerator()
-    check_speed(args, accelerator.device)
+    check_speed_options(args, accelerator.device)
     channels, side, _ = features.latent_shape
     torch.manual_seed(config.seed)  # the initial weights
     model = create_model(
@@ -235,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     accelerator, model_config = trainer.accelerator, trainer.model.config
 
     # The first process decides: the others may see the results folder a moment later.
-    folder, resume = broadcast_object_list([*find_run(args)])
+    folder, resume = broadcast_object_list([*resolve_run_dir(args)])
     run_dir = RunDirectory(
         folder, args.model, model_config, info.to_dict(), args.keep_last, args.keep_every
     )

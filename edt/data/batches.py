@@ -38,8 +38,8 @@ def steps_per_epoch(count: int, global_batch_size: int) -> int:
     return count // global_batch_size
 
 
-# All steps of an epoch share one order (10 MB for ImageNet). The second entry serves another reader
-# that is still in the previous epoch.
+# Cached, because all steps of an epoch use the same permutation (10 MB for ImageNet). Two entries:
+# a second iterator in this process may still be in the previous epoch.
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, count: int) -> torch.Tensor:
     """The order in which an epoch visits ``count`` images, a permutation, (count,) int64."""

@@ -1,10 +1,10 @@
 """Extract features from a folder of images: decode, crop, mirror, encode, write.
 
-Every stored value is a function of the image's index and of the settings, so any number of
-processes and any batch size write the same files, up to the rounding of the VAE's sums. Processes
-exchange nothing: every shard belongs to one process, and the process that finishes last writes the
-manifest. A second run writes the missing shards. Layouts and draws are described in
-:mod:`edt.data.features`.
+Every stored value is a function of the image, its index and the settings. So the files do not
+depend on the number of processes or the batch size, except for float rounding inside the VAE.
+Processes do not communicate: every shard belongs to one process, and the process that finishes last
+writes the manifest. A second run writes the missing shards. :mod:`edt.data.features` describes
+layouts and draw modes.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from edt.data.features import (
     LABELS_FOLDER,
     MANIFEST_FILE,
     SETTINGS_FILE,
-    Draw,
+    DrawMode,
     Layout,
     sample_posterior,
 )
@@ -57,7 +57,7 @@ class ExtractionConfig:
     """Side of the images in pixels."""
     seed: int = 0
     """Of the flips and posterior samples that are drawn at extraction."""
-    draw: Draw = "once"
+    draw: DrawMode = "once"
     """"once": one flip and one posterior sample per image, as in the release. "fresh": mean and
     standard deviation of both orientations in float16; every epoch draws new ones."""
     flip: bool = True
@@ -182,7 +182,8 @@ class Extraction:
             device: where the VAE is.
 
         Yields:
-            the number of images that were found or done since the last time, for a progress bar.
+            the number of images that are new since the last yield, already stored ones first. It is
+            the increment of a progress bar.
 
         Raises:
             UserError: the folder holds other features, or an image cannot be read.
@@ -215,8 +216,8 @@ class Extraction:
     def drop_damaged(self) -> list[Path]:
         """Remove this process's files that differ from the manifest of a finished extraction.
 
-        If there are any, the manifest is removed too, so that :meth:`run` writes both again. Files
-        of the npy layout are not compared: their manifest has no hashes.
+        If any file differs, the manifest is removed too. :meth:`run` then writes the files and the
+        manifest again. Files of the npy layout are not compared: their manifest has no hashes.
 
         Returns:
             the files that were removed or missing.
@@ -302,8 +303,8 @@ class Extraction:
         packed, images = self.config.layout == "packed", self.shards[shard]
         contents = [stored]
         if packed:
-            # A killed run leaves its temporary file, as large as a shard. (In the npy layout it is
-            # small, and the search would list a folder of millions for every image.)
+            # Remove the temporary file of a killed run, which is as large as a shard. The npy
+            # layout skips this: its files are small, and each glob would list millions of them.
             file = self._files(shard)[0]
             for temporary in file.parent.glob(f".{file.name}.*.tmp"):
                 temporary.unlink()

@@ -5,9 +5,9 @@ order of the ``ImageFolder``, ``labels.npy`` their labels, and ``manifest.json``
 extraction. *npy* is the release's: ``imagenet_features/{i}.npy`` of (1, C, H, W) and
 ``imagenet_labels/{i}.npy`` of (1,); the manifest may be missing.
 
-There are two draws. *once* stores one latent per image: the flip and the sample of the VAE's
-posterior were drawn at extraction. *fresh* stores mean and standard deviation of the posterior of
-each orientation, and every epoch draws its own flips and samples.
+There are two draw modes. *once* stores one latent per image: flip and posterior sample are drawn at
+extraction. *fresh* stores mean and standard deviation of the VAE's posterior for each orientation,
+and training draws a new flip and a new sample in every epoch.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import torch
 from edt.utils.errors import UserError
 from edt.utils.files import read_json
 
-Draw = Literal["once", "fresh"]
+DrawMode = Literal["once", "fresh"]
 Layout = Literal["packed", "npy"]
 
 FEATURES_FOLDER, LABELS_FOLDER = "imagenet_features", "imagenet_labels"
@@ -45,7 +45,7 @@ class FeatureInfo:
     image_size: int | None = None
     """Side of the images in pixels."""
     scaling_factor: float | None = None
-    """Latents are the VAE's own times this factor."""
+    """Stored latents are the VAE's latents multiplied by this factor."""
     classes: list[str] | None = None
     """Names of the class folders, in the order of the labels."""
     draw: str | None = None
@@ -85,7 +85,7 @@ class Features(torch.utils.data.Dataset[Batch]):
         manifest: the settings of the extraction; {} for a folder of the release.
         labels: (count,) int64.
         latent_shape: (C, H, W).
-        num_classes: the manifest's until :meth:`validate_against` fixes it; None if unknown.
+        num_classes: from the manifest, None if unknown; :meth:`validate_against` sets it.
     """
 
     def __init__(

@@ -16,8 +16,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
         size: side of the result in pixels.
     """
     image = image.convert("RGB")
-    # Bicubic reads a neighbourhood of fixed size, so it aliases when it shrinks a photograph many
-    # times. Box filters halve the image first, until bicubic shrinks it less than twice.
+    # Halve with a box filter while the shorter side is at least twice the target. The bicubic step
+    # then shrinks by a factor below 2, so it does not alias. ADM crops in the same way.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

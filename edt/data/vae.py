@@ -20,8 +20,8 @@ class VAE(Protocol):
     Attributes:
         channels: C, channels of a latent.
         downsampling: image pixels per latent pixel along one side, so H = downsampling * h.
-        scaling_factor: latents here are the VAE's own times this factor. It brings them to about
-            unit variance, as diffusion expects.
+        scaling_factor: the autoencoder's latents are multiplied by this factor, which brings them
+            to about unit variance, as diffusion expects.
         sha256: of the weights; None without weights.
     """
 
@@ -100,8 +100,8 @@ class LatentVAE(VAE):
 def _weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of all tensors, by name.
 
-    The same weights come as .safetensors or .bin, in one file or in several, so a hash of the files
-    would tell the same VAE apart.
+    A hash of the files would differ for equal weights: they are published as .safetensors or .bin,
+    in one file or several.
     """
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):

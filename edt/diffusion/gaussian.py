@@ -29,7 +29,7 @@ class Losses(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """What a network's output says about p(x_{t-1} | x_t), each (B, C, ...)."""
+    """The predicted p(x_{t-1} | x_t) and the predicted x_0, each (B, C, ...)."""
 
     mean: torch.Tensor
     variance: torch.Tensor
@@ -89,7 +89,7 @@ class GaussianDiffusion:
     def p_mean_variance(
         self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
     ) -> Posterior:
-        """Read p(x_{t-1} | x_t) off a network's output. Nothing is clipped.
+        """Read p(x_{t-1} | x_t) off a network's output. x_0 is not clipped: latents have no range.
 
         Args:
             output: predicted noise and variance range, (B, 2C, ...).
@@ -139,7 +139,7 @@ class GaussianDiffusion:
         return self._table(name, like.device)[t].view(-1, *[1] * (like.ndim - 1))
 
     def _table(self, name: str, device: torch.device) -> torch.Tensor:
-        # Copied to each device once: a copy in every step would make the host wait for the device.
+        # Tables are copied to a device once: a copy in every step would make the host wait for it.
         if device not in self._device_tables:
             tables = {
                 key: torch.from_numpy(table).float().to(device)

@@ -12,7 +12,7 @@ Model = Callable[..., torch.Tensor]
 """A network, called as model(x, t, **model_kwargs) with t of the full 1000-step process."""
 
 NoiseAt = Callable[[int], torch.Tensor]
-"""Gives the noise of loop step i = 1, 2, ..., shaped like x."""
+"""Gives the noise of loop step i = 1, 2, ..., shaped like x. The loop starts from noise 0."""
 
 
 class Sampler:
@@ -110,7 +110,7 @@ class DDIMSampler(_RespacedSampler):
 
     Args:
         steps: see :func:`edt.diffusion.schedule.respaced_timesteps`.
-        eta: 0 is deterministic; 1 adds as much noise as DDPM with the smaller variance.
+        eta: 0 is deterministic; 1 adds as much noise as DDPM with the posterior variance.
     """
 
     def __init__(self, steps: str | int, eta: float = 0.0) -> None:

@@ -54,19 +54,19 @@ class FewStepSampler(Sampler):
             final_sigmas_type="zero",
         )
         self._scheduler.set_timesteps(self._steps)
-        self._scheduler.set_begin_index(0)  # else it searches t at every step
+        self._scheduler.set_begin_index(0)  # otherwise step() looks t up in its timesteps
 
     def update(
         self, output: torch.Tensor, x: torch.Tensor, i: int, noise_at: NoiseAt | None
     ) -> torch.Tensor:
-        # An ODE has no use for the learned variance. The scheduler returns the type of its input,
-        # and the state of every sampler stays float32.
+        # The ODE does not use the learned variance. eps becomes float32 because the scheduler casts
+        # the next x to the dtype of eps, and x must stay float32.
         eps = output.chunk(2, dim=1)[0].float()
         return self._scheduler.step(eps, self.timesteps[i - 1], x).prev_sample
 
 
 def _plain_number(steps: str | int) -> int:
-    """Number of steps of a few-step solver, which knows no respaced process."""
+    """The number of steps as an int. Few-step solvers accept no respacing such as "ddim50"."""
     try:
         count = int(steps)
     except ValueError:

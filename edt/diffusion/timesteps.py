@@ -2,8 +2,8 @@
 
 With these weights, the expected loss equals the loss under uniform timesteps. The state of a
 sampler is on the device, and no method makes the host wait. In a run of many processes, every
-process draws for the whole global batch and updates with the losses of all, in global order, so
-that all processes hold the same history.
+process draws for the whole global batch. Every process also updates with the global batch's losses,
+in the same order, so that all hold the same history.
 """
 
 from typing import Literal, Protocol
@@ -70,8 +70,8 @@ class LossSecondMomentSampler(nn.Module):
         super().__init__()
         self.num_timesteps, self.history = num_timesteps, history
         self.uniform_share = uniform_share
-        # A ring buffer per timestep. The extra last row receives the losses that must be thrown
-        # away, which needs no branch on the host.
+        # Each row is the ring buffer of a timestep. The extra last row takes the losses that update
+        # discards: a boolean index would skip them, but make the host wait for their number.
         losses = torch.zeros(num_timesteps + 1, history, dtype=torch.float64)
         self.register_buffer("losses", losses)
         self.register_buffer("counts", torch.zeros(num_timesteps, dtype=torch.int64))
@@ -105,7 +105,7 @@ class LossSecondMomentSampler(nn.Module):
     def update(
         self, t: torch.Tensor, loss: torch.Tensor, found_inf: torch.Tensor | None = None
     ) -> None:
-        """Append unweighted losses to the histories, equal timesteps in the batch's order.
+        """Append unweighted losses to the histories of their timesteps, in the batch's order.
 
         Args:
             t: timesteps of the global batch, (n,).
@@ -116,8 +116,8 @@ class LossSecondMomentSampler(nn.Module):
         earlier = equal.tril(diagonal=-1).sum(dim=1)  # equal timesteps before this one
         later = equal.triu(diagonal=1).sum(dim=1)
         slot = (self.counts[t] + earlier) % self.history
-        # A loss that newer ones of the same batch overwrite is not stored: two writes to one slot
-        # would come in no fixed order.
+        # A batch may hold more losses of a timestep than its ring buffer. Only the newest are
+        # stored, because the order of two writes to one slot is undefined on a GPU.
         is_stored = later < self.history
         increment = torch.ones_like(t)
         if found_inf is not None:

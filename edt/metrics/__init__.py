@@ -1,5 +1,8 @@
 """Scores of generated images that reproduce the numbers of ADM's evaluator.
 
+ADM is the model of Dhariwal & Nichol (2021). Its evaluator is evaluations/evaluator.py in OpenAI's
+repository guided-diffusion.
+
 Each score is a function of arrays: :func:`frechet_distance` (FID and sFID),
 :func:`inception_score`, :func:`precision_recall` and :func:`kernel_distance` (KID).
 :class:`StreamingMoments` computes the mean and covariance that the first needs.
@@ -23,7 +26,7 @@ from edt.metrics.features import Backend, FeatureExtractor, FeatureName, PixelFe
 from edt.metrics.frechet import Moments, StreamingMoments, frechet_distance
 from edt.metrics.inception_score import inception_score, inception_score_splits
 from edt.metrics.kid import kernel_distance
-from edt.metrics.precision_recall import Mode, precision_recall
+from edt.metrics.precision_recall import PrecisionRecallMode, precision_recall
 from edt.metrics.sources import Source, open_source
 from edt.metrics.statistics import Statistics
 
@@ -32,7 +35,7 @@ __all__ = [
     "Backend",
     "FeatureExtractor",
     "FeatureName",
-    "Mode",
+    "PrecisionRecallMode",
     "Moments",
     "PixelFeatures",
     "Source",

@@ -26,8 +26,8 @@ def compute_statistics(
 ) -> Statistics:
     """Statistics of a source.
 
-    Moments that are stored in the source are used instead of those of its images, as in ADM, whose
-    reference files store the moments of a whole training set with a few of its images.
+    Moments stored in the source take precedence over moments of its images, as in ADM. A reference
+    file of ADM stores the moments of a complete training set, but only a few of its images.
 
     Args:
         source: what :func:`open_source` returned.
@@ -38,8 +38,8 @@ def compute_statistics(
         progress: show a bar on stderr.
 
     Raises:
-        UserError: the extractor cannot handle the images, or other features or weights gave the
-            stored statistics.
+        UserError: the extractor cannot handle the images, or the stored statistics were computed
+            with other features or weights.
     """
     stored = source.statistics
     if stored is not None:
@@ -63,7 +63,7 @@ def _check_extractor(name: str, stored: Statistics, extractor: FeatureExtractor)
             f"{name} was opened with statistics of {stored.feature_name} features; "
             f"open it with feature_name={extractor.name!r}"
         )
-    # ADM's files do not tell the weights, which are the published ones.
+    # ADM's files record no hash. They were made with the published weights.
     if stored.weights_sha256 not in (None, extractor.weights_sha256):
         raise UserError(
             f"{name} was made with other Inception weights; make it again with make-ref"

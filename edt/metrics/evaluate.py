@@ -12,7 +12,7 @@ from edt.metrics.frechet import frechet_distance
 from edt.metrics.images import ImageSet
 from edt.metrics.inception_score import inception_score
 from edt.metrics.kid import kernel_distance
-from edt.metrics.precision_recall import Mode, precision_recall
+from edt.metrics.precision_recall import PrecisionRecallMode, precision_recall
 from edt.metrics.sources import Source
 from edt.metrics.statistics import Statistics
 from edt.utils.choices import check_choice
@@ -45,7 +45,7 @@ def evaluate(
     reference: Source,
     samples: Source,
     extractor: FeatureExtractor,
-    pr: Mode | None = None,
+    pr: PrecisionRecallMode | None = None,
     batch_size: int = 64,
     cache_dir: Path | None = None,
     progress: bool = False,
@@ -89,12 +89,15 @@ def evaluate(
 
 
 def compare(
-    reference: Statistics, samples: Statistics, extractor: FeatureExtractor, pr: Mode | None = None
+    reference: Statistics,
+    samples: Statistics,
+    extractor: FeatureExtractor,
+    pr: PrecisionRecallMode | None = None,
 ) -> dict[str, float | list[float]]:
     """Compute every score that the statistics allow.
 
-    Fréchet distances need moments only. The other scores need features, the Inception Score those
-    of the samples alone.
+    Fréchet distances need moments only. Precision, recall and KID need the features of both sides.
+    The Inception Score needs the features of the samples.
 
     Args:
         reference: statistics of the images to resemble.
@@ -131,14 +134,14 @@ def compare(
     return scores
 
 
-def _check_pr(pr: Mode | None) -> None:
+def _check_pr(pr: PrecisionRecallMode | None) -> None:
     if pr is not None:
-        check_choice("mode of precision and recall", pr, Mode)
+        check_choice("mode of precision and recall", pr, PrecisionRecallMode)
 
 
 def _inception_score_splits(features: np.ndarray, extractor: FeatureExtractor) -> list[float]:
     scores = []
-    # One split at a time: the probabilities of all images would take as much memory again.
+    # One split at a time: probabilities of all images would take half the memory of the features.
     for start in range(0, len(features), SPLIT_SIZE):
         probabilities = extractor.probabilities(features[start : start + SPLIT_SIZE])
         assert probabilities is not None  # the Inception network has a classifier
@@ -164,7 +167,7 @@ def check_comparable(reference: Source, samples: Source) -> None:
 
 
 def _warn_if_not_as_published(samples: ImageSet) -> None:
-    """Warn of samples whose scores differ from published ones for a reason other than quality."""
+    """Warn if the number or order of the samples makes scores incomparable to published ones."""
     if samples.count != PUBLISHED_COUNT:
         logger.warning(
             "warning: %d samples; published scores use %d, and FID, sFID and Inception Score "

@@ -5,7 +5,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-from edt.metrics.precision_recall import Mode
+from edt.metrics.precision_recall import PrecisionRecallMode
 from edt.utils.errors import UserError
 
 FeatureName = Literal["inception", "pixels"]  # what the vectors are
@@ -27,7 +27,7 @@ class FeatureExtractor(Protocol):
     backend: Backend
     weights_sha256: str | None
     device: torch.device
-    default_pr: Mode
+    default_pr: PrecisionRecallMode
 
     def check(self, resolution: tuple[int, int]) -> None:
         """Check that images of this (height, width) in pixels can be handled.
@@ -57,7 +57,8 @@ class PixelFeatures:
     name: FeatureName = "pixels"
     backend: Backend = "torch"
     weights_sha256: str | None = None
-    default_pr: Mode = "exact"  # half precision would round small distances between images to zero
+    # Half precision would round small distances between images to zero.
+    default_pr: PrecisionRecallMode = "exact"
     MAX_DIM = 64 * 64 * 3  # two covariances of this size take 2.4 GB
 
     def __init__(self, device: torch.device | str = "cpu"):

@@ -39,8 +39,8 @@ class StreamingMoments:
         n = len(rows)
         batch_mean = rows.mean(0)
         shift = batch_mean - self._mean
-        # The distance between the means adds one outer product to the scatter. As one more row of
-        # deviations it needs no second pass over the matrix.
+        # Merging also adds the outer product of the shift with itself. With the scaled shift as one
+        # more row, a single matrix product adds both terms.
         between = shift * math.sqrt(self.count * n / (self.count + n))
         deviations = torch.cat([rows - batch_mean, between[None]])
         self._scatter.addmm_(deviations.T, deviations)
@@ -92,8 +92,8 @@ def frechet_distance(
         )
 
     variances, axes = torch.linalg.eigh(c1)
-    # Scaling the rotated C2 on both sides keeps small directions small, and their eigenvalues
-    # accurate.
+    # In the eigenbasis of C1 its square root is diagonal, so it scales rows and columns of the
+    # rotated C2. Entries of directions with a small variance stay small, hence accurate.
     scale = _nonnegative(variances).sqrt()
     product = scale[:, None] * (axes.T @ c2 @ axes) * scale
     product = (product + product.T) / 2

@@ -89,7 +89,7 @@ class NpzImages(ImageSet):
     """``arr_0`` of an .npz file. Only one batch is in memory.
 
     Args:
-        path: the file. Labels in ``arr_1`` tell whether the images are sorted by class.
+        path: the file. Labels in ``arr_1``, if present, set ``sorted_by_class``.
 
     Raises:
         UserError: the file cannot be read, or holds no images.
@@ -162,7 +162,7 @@ class FolderImages(ImageSet):
             return np.asarray(self._crop(image))
 
     def _check_sizes(self) -> None:
-        """Check every file's size, which its header tells, before hours of work begin."""
+        """Check the image size in every file's header, before hours of work begin."""
         for file in self._files:
             with _open_image(file) as image:
                 size = (image.height, image.width)
@@ -191,7 +191,8 @@ def open_npz_array(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int
         The file at the first byte of the array, its shape, its dtype.
 
     Raises:
-        UserError: the file is damaged or holds no such array, also if reading shows it later.
+        UserError: the file is damaged or holds no such array. Damage may show only when the caller
+            reads, inside the ``with`` block.
     """
     try:
         with zipfile.ZipFile(path) as archive:

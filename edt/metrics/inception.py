@@ -23,7 +23,7 @@ from edt.metrics.inception_graph import (
     Unit,
 )
 from edt.metrics.inception_weights import InceptionWeights
-from edt.metrics.precision_recall import Mode
+from edt.metrics.precision_recall import PrecisionRecallMode
 
 SIDE = 299  # pixels of the network's input
 BATCH_NORM_STATE = {  # torch's name -> the graph's
@@ -47,7 +47,7 @@ class InceptionFeatures:
     name: FeatureName = "inception"
     backend: Backend = "torch"
     weights_sha256: str | None
-    default_pr: Mode = "adm"
+    default_pr: PrecisionRecallMode = "adm"
 
     def __init__(self, weights: InceptionWeights, device: torch.device | str = "cpu"):
         self.device = torch.device(device)

@@ -1,6 +1,6 @@
 """The 2015 Inception graph behind FID, as data.
 
-:data:`GRAPH` lists its convolution units, pools and joins in the order in which they run. The names
+:data:`GRAPH` lists convolutions, pools and joins (concatenations) in execution order. The names
 are those of ``classify_image_graph_def.pb`` (archive inception-2015-12-05), whose weights are read
 by name.
 """
@@ -173,7 +173,7 @@ class _GraphBuilder:
         return join
 
 
-def _build() -> tuple[Node, ...]:
+def _create_graph() -> tuple[Node, ...]:
     builder = _GraphBuilder()
     [source] = builder.add_chain(STEM, "", INPUT)
     for block, branches in BLOCKS.items():
@@ -181,5 +181,5 @@ def _build() -> tuple[Node, ...]:
     return tuple(builder.nodes)
 
 
-GRAPH = _build()
+GRAPH = _create_graph()
 UNITS = tuple(node for node in GRAPH if isinstance(node, Unit))

@@ -8,7 +8,7 @@ import torch
 from edt.metrics.features import Backend, FeatureName
 from edt.metrics.inception_graph import FEATURES, SPATIAL_CHANNELS
 from edt.metrics.inception_weights import load_weights
-from edt.metrics.precision_recall import Mode
+from edt.metrics.precision_recall import PrecisionRecallMode
 from edt.utils.errors import UserError
 
 
@@ -26,7 +26,7 @@ class TensorFlowInceptionFeatures:
     name: FeatureName = "inception"
     backend: Backend = "tensorflow"
     weights_sha256: str | None
-    default_pr: Mode = "adm"
+    default_pr: PrecisionRecallMode = "adm"
 
     def __init__(self, path: Path, device: torch.device | str = "cpu"):
         try:

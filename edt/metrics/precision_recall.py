@@ -14,17 +14,19 @@ from edt.utils.choices import check_choice
 from edt.utils.errors import UserError
 
 # Arithmetic of the distances: "adm" reproduces published numbers, "exact" is float32.
-Mode = Literal["adm", "exact"]
+PrecisionRecallMode = Literal["adm", "exact"]
 
-BLOCK_ROWS = 10_000  # side of the blocks for each of which ADM checks half precision for overflow
-CHUNK_ROWS = 1_000  # rows of a block that are computed at one time, which bounds the memory
+# ADM computes distances in square blocks. A block that overflows half precision is recomputed in
+# float32, so the size of a block affects the scores.
+BLOCK_ROWS = 10_000
+CHUNK_ROWS = 1_000  # rows of a block that are computed at once; limits the memory
 
 
 def precision_recall(
     reference: np.ndarray | torch.Tensor,
     samples: np.ndarray | torch.Tensor,
     k: int = 3,
-    mode: Mode = "adm",
+    mode: PrecisionRecallMode = "adm",
     device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
     """Precision and recall of ``samples``.
@@ -45,7 +47,7 @@ def precision_recall(
     Raises:
         UserError: a set has k images or fewer, or the mode is unknown.
     """
-    check_choice("mode of precision and recall", mode, Mode)
+    check_choice("mode of precision and recall", mode, PrecisionRecallMode)
     if min(len(reference), len(samples)) <= k:
         raise UserError(
             f"precision and recall at k = {k} need at least {k + 1} images on both sides; "
@@ -65,7 +67,7 @@ def precision_recall(
 
 
 def _squared_radii(
-    features: torch.Tensor, k: int, mode: Mode, device: torch.device | str
+    features: torch.Tensor, k: int, mode: PrecisionRecallMode, device: torch.device | str
 ) -> torch.Tensor:
     """Squared distance of every point to its k-th nearest other point, (N,) float32."""
     # The point itself is among the columns at distance 0, so the k-th neighbour is the (k+1)-th
@@ -79,7 +81,7 @@ def _squared_radii(
 
 
 def _distance_chunks(
-    u: torch.Tensor, v: torch.Tensor, mode: Mode, device: torch.device | str
+    u: torch.Tensor, v: torch.Tensor, mode: PrecisionRecallMode, device: torch.device | str
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Yield rows of ``u``, rows of ``v`` and their squared distances, until every pair has come.
 
@@ -133,10 +135,12 @@ def _half_row_sums(x: torch.Tensor) -> torch.Tensor:
     """Row sums (n,) of half-precision ``x`` (n, D), rounded like TensorFlow's CPU kernel.
 
     The order of the additions changes the last bit of a quarter of the norms, which is enough to
-    move single images across a radius. TensorFlow halves rows longer than 1600. It then runs four
-    accumulators with eight lanes each over the row, and adds them one after the other.
+    move single images across a radius. TensorFlow splits a row longer than 1600 in two and sums the
+    parts separately. It then runs four accumulators of eight lanes each over the row, and adds the
+    accumulators one after the other.
     """
     if x.shape[1] > 1600:
+        # The split falls on a multiple of eight lanes.
         middle = -(-x.shape[1] // 16) * 8
         return _half_row_sums(x[:, :middle]) + _half_row_sums(x[:, middle:])
     steps = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).unflatten(1, (-1, 4, 8)).unbind(1)

@@ -16,7 +16,7 @@ OPTIONAL_NAMES = ("features", "count", "resolution", "weights_sha256")
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is known of one image set in one kind of features."""
+    """Moments and features of one image set, for one feature extractor."""
 
     feature_name: str  # the extractor's name
     moments: Moments  # of the features
@@ -24,7 +24,7 @@ class Statistics:
     features: np.ndarray | None = None  # (N, D) float32, None if only the moments are known
     count: int | None = None  # number of images behind the moments
     resolution: tuple[int, int] | None = None  # (height, width) of the images in pixels
-    weights_sha256: str | None = None  # the extractor's; ADM's files do not tell it
+    weights_sha256: str | None = None  # the extractor's; ADM's files do not record it
 
 
 def read_statistics(path: Path) -> Statistics:
@@ -39,9 +39,8 @@ def read_statistics(path: Path) -> Statistics:
     if moments is None:
         raise UserError(f"{path} holds no array {MOMENT_NAMES[0][0]}; give a statistics file")
     return Statistics(
-        str(
-            arrays.get("feature_name", "inception")
-        ),  # ADM's files have no name: they are Inception
+        # ADM's files do not record a name. Their features are always Inception's.
+        str(arrays.get("feature_name", "inception")),
         moments,
         spatial_moments,
         arrays.get("features"),

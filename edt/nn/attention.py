@@ -13,8 +13,8 @@ AttentionBackend = Literal["auto", "reference", "triton"]
 
 ATTENTION_BACKENDS: dict[AttentionBackend, str] = {
     "auto": "triton for 16-bit types on a GPU, else reference",
-    "reference": "plain matrix products; they define the operation and are fastest on a CPU",
-    "triton": "fused kernels that never store the attention matrix; they need a GPU",
+    "reference": "plain matrix products (the definition; fastest on a CPU)",
+    "triton": "fused GPU kernels that never store the attention matrix",
 }
 
 

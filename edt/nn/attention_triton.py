@@ -114,8 +114,8 @@ def choose_tile(
 ) -> Tile:
     """The largest tile whose kernels compile for an H100 without register spills.
 
-    benchmarks/results holds the tables, and benchmarks/report_kernels.py makes them. An H100's
-    tensor cores work on 64 rows at a time (wgmma), so a program owns 64 rows where it can.
+    benchmarks/report_kernels.py counts the spills; benchmarks/results has its tables. An H100's
+    tensor cores work on 64 rows at a time (wgmma), so a program owns 64 rows unless it would spill.
     """
     no_tensor_cores = dtype == torch.float32 and precision == "ieee"
     if tokens <= 16:
@@ -133,7 +133,8 @@ def kernel_constants(
     ``dtype`` is that of qkv.
     """
     _, tokens, _, num_heads, head_dim = qkv_shape
-    # Looked up at each launch, as torch looks it up at each of its own matrix products.
+    # The setting is read at each launch, as torch does for its own matrix products. torch derives
+    # fp32_precision from the older allow_tf32 flag that set_matmul_precision sets.
     allows_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     precision: Float32Precision = "tf32" if allows_tf32 else "ieee"
     tile = choose_tile(tokens, head_dim, dtype, precision)
@@ -177,9 +178,9 @@ def _launch(kernel: KernelName, qkv: Tensor, *tensors: Tensor | None) -> None:
 
 
 # -- operators -------------------------------------------------------------------------------------
-# custom_op makes them opaque to torch. Inside a triton_op, the FLOP counter would not run the
-# kernels that it sees, and torch.compile would fix the TF32 setting when it traces. The inputs of
-# all operators are contiguous.
+# The operators are custom_ops, so torch does not look inside. It would look inside a triton_op: the
+# FLOP counter would then count the kernels without running them, and torch.compile would freeze the
+# TF32 setting at tracing. The inputs of all operators are contiguous.
 
 
 @torch.library.custom_op("edt::attention", mutates_args=())

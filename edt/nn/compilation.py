@@ -10,7 +10,7 @@ from edt.utils.choices import check_choice
 CompileMode = Literal["off", "block", "full"]
 COMPILE_MODES: dict[CompileMode, str] = {
     "off": "nothing",
-    "block": "each transformer block: most of the gain after a short wait",
+    "block": "each transformer block (most of the gain, short compile time)",
     "full": "the whole network, in one graph",
 }
 
@@ -26,10 +26,11 @@ def compile_network(model: DiffusionTransformer, mode: CompileMode) -> None:
     check_choice("compile mode", mode, CompileMode)
     if mode == "off":
         return
-    # A block sees three grids, with and without gradients and AMM, and the smaller last batch of a
-    # run. Each combination is one graph. Beyond the default limit of 8, fullgraph=True raises.
+    # All blocks share the code of Block.forward, and torch limits the graphs per code object to 8.
+    # They need more: one for each stage's shape, with and without gradients and AMM, and for the
+    # smaller last batch. Beyond the limit, fullgraph=True raises.
     torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.optimize_ddp = False  # the hooks of DistributedDataParallel cut the graph
+    torch._dynamo.config.optimize_ddp = False  # True splits graphs at DDP's gradient buckets
     modules = [model] if mode == "full" else model.compilable_modules()
     for module in modules:
         module.compile(fullgraph=True, dynamic=False)

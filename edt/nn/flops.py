@@ -8,7 +8,7 @@ from edt.nn.transformer import DiffusionTransformer
 from edt.utils.choices import check_choice
 
 # Dense peaks in TFLOP/s from NVIDIA's data sheets, SXM where there are several: (TF32, bfloat16).
-# The first key that the device name contains counts, so L40S comes before L40.
+# The first key found in the device name is used, so L40S comes before L40.
 PEAK_TFLOPS_PER_SEC = {
     "H100": (494.0, 989.0),
     "H200": (494.0, 989.0),

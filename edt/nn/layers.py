@@ -70,8 +70,10 @@ def unpatchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
 # Conditioning
 
 
-class AdaLN(nn.Sequential):
-    """SiLU-Linear from the condition c (B, D) to ``parts`` vectors (B, dim)."""
+class AdaLNModulation(nn.Sequential):
+    """AdaLN's parameters: SiLU-Linear from c (B, D) to ``parts`` vectors (B, dim).
+
+    Two parts are (shift, scale). A block's six are (shift, scale, gate) of attention, then MLP."""
 
     def __init__(self, cond_dim: int, dim: int, parts: int = 2) -> None:
         super().__init__(nn.SiLU(), nn.Linear(cond_dim, parts * dim))
@@ -79,7 +81,8 @@ class AdaLN(nn.Sequential):
 
     def forward(self, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
         vectors = super().forward(c)
-        # 1 + scale loses the small scales in bfloat16, so the sum is taken in float32.
+        # modulate computes 1 + scale. bfloat16 would round a scale below 2^-8 away, so the
+        # parameters become float32 here.
         vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         return vectors.chunk(self.parts, dim=1)
 
@@ -95,7 +98,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        # float32 under every autocast type, since bfloat16 rounds timestep 999 to 1000.
+        # The embedding is computed in float32: bfloat16 would round timestep 999 to 1000.
         index = torch.arange(self.num_frequencies, dtype=torch.float32, device=t.device)
         frequency = torch.exp(-math.log(10000) * index / self.num_frequencies)
         angle = t.float()[:, None] * frequency
@@ -141,7 +144,7 @@ class RelativePositionBias(nn.Module):
         """Bias of every pair of query and key, (num_heads, N, N)."""
         tokens = self.grid_size**2
         bias = self.relative_position_bias_table.index_select(0, self.index)
-        # Contiguous, since it is added to the scores of every image and read in that order.
+        # The copy is contiguous because every image's scores read the bias in (head, N, N) order.
         return bias.T.contiguous().view(-1, tokens, tokens)
 
 
@@ -194,7 +197,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(dim, num_heads, grid_size, bias)
         self.mlp = Mlp(dim, 4 * dim, act_layer=_TanhGELU)
-        self.adaLN_modulation = AdaLN(cond_dim, dim, parts=6)
+        self.adaLN_modulation = AdaLNModulation(cond_dim, dim, parts=6)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
@@ -208,11 +211,11 @@ class Block(nn.Module):
 # Down-sampling, up-sampling, long skip, output
 
 
-class EnhancedLinear(nn.Module):
-    """Base of down-sampling and long skip: TIE before their linear layer, PES after it.
+class AdaLNProjection(nn.Module):
+    """Base of DownSample and LongSkip: LayerNorm, AdaLN (TIE), linear layer, position table (PES).
 
-    TIE, token information enhancement, is AdaLN from c; without it the plain LayerNorm stays. PES,
-    positional encoding supplement, adds a fixed position table; without it nothing is added.
+    ``tie`` (token information enhancement) switches the AdaLN; the LayerNorm always runs. ``pes``
+    (positional encoding supplement) switches the position table. A subclass has the linear layer.
     """
 
     pos_embed: torch.Tensor | None  # (1, grid_size^2, out_dim)
@@ -221,20 +224,20 @@ class EnhancedLinear(nn.Module):
         self, dim: int, out_dim: int, cond_dim: int, grid_size: int, tie: bool, pes: bool
     ) -> None:
         super().__init__()
-        self.adaLN_modulation = AdaLN(cond_dim, dim) if tie else None
+        self.adaLN_modulation = AdaLNModulation(cond_dim, dim) if tie else None
         self.register_buffer("pos_embed", sincos_table(out_dim, grid_size) if pes else None)
 
-    def enhance(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """LayerNorm, and with TIE the modulation by c; (B, N, C) -> (B, N, C)."""
+    def norm_and_modulate(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """LayerNorm, then with TIE AdaLN's scale and shift from c; (B, N, C) -> (B, N, C)."""
         x = layer_norm(x)
         return x if self.adaLN_modulation is None else modulate(x, *self.adaLN_modulation(c))
 
-    def supplement(self, x: torch.Tensor) -> torch.Tensor:
+    def add_positions(self, x: torch.Tensor) -> torch.Tensor:
         """With PES, add the position table; (B, N, C) -> (B, N, C)."""
         return x if self.pos_embed is None else x + self.pos_embed
 
 
-class DownSample(EnhancedLinear):
+class DownSample(AdaLNProjection):
     """Merge 2x2 tokens: (B, N, C) -> (B, N/4, C'), hiding incoming tokens in a masked pass.
 
     ``grid_size`` is the side of the smaller, outgoing grid.
@@ -250,12 +253,13 @@ class DownSample(EnhancedLinear):
         self, x: torch.Tensor, c: torch.Tensor, keep: torch.Tensor | None = None
     ) -> torch.Tensor:
         """``keep`` is (B, N) bool, True where a token is kept; None keeps all."""
-        merged = self.enhance(patch_merge(x).flatten(2), c)  # (B, N/4, 4C)
+        merged = self.norm_and_modulate(patch_merge(x).flatten(2), c)  # (B, N/4, 4C)
         if keep is not None:
-            # The quarter of a hidden token is zeroed. The other quarters are not rescaled.
-            kept_quarters = patch_merge(keep.unsqueeze(-1))  # (B, N/4, 4, 1)
-            merged = (merged.unflatten(-1, (4, -1)) * kept_quarters).flatten(2)
-        return self.supplement(self.reduction(merged))
+            # The C channels of a hidden token are zeroed. The others are not scaled up as dropout
+            # does, because the release does not scale them either.
+            keep = patch_merge(keep.unsqueeze(-1))  # (B, N/4, 4, 1)
+            merged = (merged.unflatten(-1, (4, -1)) * keep).flatten(2)
+        return self.add_positions(self.reduction(merged))
 
 
 class UpSample(nn.Module):
@@ -269,7 +273,7 @@ class UpSample(nn.Module):
         return unpatchify(self.expand(x), 2).flatten(1, 2)
 
 
-class LongSkip(EnhancedLinear):
+class LongSkip(AdaLNProjection):
     """Fuse decoder tokens with an encoder stage's input: two (B, N, C) -> (B, N, C)."""
 
     def __init__(self, dim: int, cond_dim: int, grid_size: int, tie: bool, pes: bool) -> None:
@@ -277,13 +281,14 @@ class LongSkip(EnhancedLinear):
         self.cat = nn.Linear(2 * dim, dim)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        return self.supplement(self.cat(self.enhance(torch.cat([x, skip], dim=-1), c)))
+        x = self.norm_and_modulate(torch.cat([x, skip], dim=-1), c)  # (B, N, 2C)
+        return self.add_positions(self.cat(x))
 
 
 class FinalLayer(nn.Module):
     """Tokens to image: (B, N, C) -> (B, out_channels, S, S) with S = grid_size * patch_size.
 
-    Computed outside autocast, since its output is the prediction that the loss and samplers read.
+    It runs outside autocast: its output is the prediction, and bfloat16 would round it.
     """
 
     full_precision = True  # read by edt.nn.precision.round_weights
@@ -292,7 +297,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.linear = nn.Linear(dim, patch_size**2 * out_channels)
-        self.adaLN_modulation = AdaLN(cond_dim, dim)
+        self.adaLN_modulation = AdaLNModulation(cond_dim, dim)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         dtype = self.linear.weight.dtype

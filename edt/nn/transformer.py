@@ -22,16 +22,17 @@ class DiffusionTransformer(nn.Module):
             image_size (pixels of the images, None where unknown).
         in_channels: channels of the latent; the output has twice as many.
         num_classes: classes without the null class, whose label is this number.
-        modulations: the AMM in use (edt.amm.Modulation), as :meth:`set_amm` left it.
-        passes_fit_one_batch: whether masked and full pass keep equal token counts in every layer,
-            so that both can go through the network as one batch.
+        modulations: the AMM settings of each modulated block (edt.amm.Modulation), made by
+            :meth:`set_amm`; empty if AMM is off.
+        can_batch_passes: whether the full and the masked pass can be one batch. The masked pass
+            must not drop tokens: both passes need the same token count in every layer.
     """
 
     config: Any
     in_channels: int
     num_classes: int
     modulations: tuple[Any, ...]
-    passes_fit_one_batch: ClassVar[bool]
+    can_batch_passes: ClassVar[bool]
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None, masks: Any = None
@@ -82,9 +83,9 @@ class DiffusionTransformer(nn.Module):
     ) -> torch.Tensor:
         """Predict with classifier-free guidance, (B, 2C, S, S).
 
-        With scale 1, or without labels, the result is the conditional forward itself, at the cost
-        of one forward pass. Otherwise the network runs once on 2B rows, and :func:`guide` combines
-        the two halves.
+        With scale 1 the result is the conditional prediction, and without labels it is the
+        unconditional one. Both cost one forward pass of B rows. In all other cases the network runs
+        once on 2B rows, and :func:`guide` combines the two halves.
 
         Args:
             x: noised latents, (B, C, S, S).

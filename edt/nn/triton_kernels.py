@@ -15,9 +15,9 @@ atomics, so results repeat bit for bit. Scores, bias, softmax and accumulators a
 dtype of the inputs.
 
 In the kernels N is the number of tokens, D the head_dim and D_PAD the next power of two, which
-Triton's tiles need. BLOCK_QUERIES x BLOCK_KEYS is one tile of the scores. ``lse`` is the base-2
-logarithm of each row's sum of 2^(S log2(e)). PADDED is true if N is not a multiple of both block
-sizes; only then are tiles of (N, N) matrices masked.
+Triton's tiles need. BLOCK_QUERIES x BLOCK_KEYS is one tile of the scores. ``lse`` is
+log2(sum(exp(S))) of each row. PADDED is true if N is not a multiple of both block sizes. Only then
+do tiles of (N, N) matrices need a mask.
 """
 
 import triton
@@ -32,7 +32,8 @@ def _program_position(NUM_HEADS: tl.constexpr, N: tl.constexpr, BLOCK: tl.conste
     """Image, head and first row of this program.
 
     The launch grid has one axis, because CUDA limits the other axes to 65,535 programs. Row blocks
-    vary fastest, then heads: the heads of one token share cache lines.
+    vary fastest, because those of one head read the same keys and values. Heads vary next, because
+    the heads of one token share cache lines.
     """
     num_blocks: tl.constexpr = (N + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
@@ -70,8 +71,8 @@ def _store_rows(
 def _load_matrix_tile(matrix, queries, keys, N: tl.constexpr, PADDED: tl.constexpr):
     """Load a tile of an (N, N) matrix as float32.
 
-    A column of ``queries`` with a row of ``keys`` gives the tile, and a row of ``queries`` with a
-    column of ``keys`` gives its transpose.
+    Indices ``queries`` (n, 1) and ``keys`` (1, m) give the tile (n, m). Indices ``queries`` (1, n)
+    and ``keys`` (m, 1) give its transpose (m, n).
     """
     if PADDED:
         tile = tl.load(matrix + queries * N + keys, mask=(queries < N) & (keys < N), other=0.0)
@@ -140,7 +141,7 @@ def attention_forward(
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         p = tl.exp2(scores - new_max[:, None])
         rescale = tl.exp2(row_max - new_max)
-        # Summed before AMM's factor, because AMM does not normalise the rows again.
+        # The sum excludes AMM's factor, because AMM does not normalise the rows again.
         row_sum = row_sum * rescale + tl.sum(p, 1)
         if amm_matrix is not None:
             p *= _load_matrix_tile(amm_matrix, rows[:, None], columns[None, :], N, PADDED)

@@ -14,13 +14,13 @@ from edt.utils.randomness import integers
 
 GuidanceChannels = Literal["3", "all"]
 GUIDANCE_CHANNELS: dict[GuidanceChannels, str] = {
-    "3": "the first 3 of 4 noise channels, as in the release; all, if there are not 4",
-    "all": "all noise channels",
+    "3": "the first 3 of 4, as in the release (every channel if there are not 4)",
+    "all": "every channel",
 }
 LABEL_POLICIES = {
     "uniform": "at random (the paper's way)",
-    "balanced": "the classes in turn",
-    "207,360": "your classes in turn, by index",
+    "balanced": "image i has class i mod K, for K classes",
+    "207,360": "a list of class indices, repeated in this order",
 }
 
 

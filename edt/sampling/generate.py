@@ -1,6 +1,7 @@
 """Images from a model.
 
-Image i depends on the weights, the configuration and i only, whatever batch or process draws it.
+Image i depends on the weights, the configuration and i only. The batch and the process that it is
+sampled in make no difference.
 """
 
 import functools
@@ -18,7 +19,7 @@ from edt.utils.errors import UserError
 from edt.utils.randomness import ImageNoise
 
 
-class Batch(NamedTuple):
+class SampleBatch(NamedTuple):
     """Some finished images, on the CPU."""
 
     indices: torch.Tensor  # (n,) int64
@@ -36,11 +37,11 @@ def generate(
     *,
     labels: torch.Tensor | None = None,
     progress: bool = False,
-) -> Iterator[Batch]:
-    """Draw images, a batch at a time.
+) -> Iterator[SampleBatch]:
+    """Sample images, one batch at a time.
 
     Args:
-        model: in eval mode, with AMM set as wanted.
+        model: in eval mode, with AMM already switched on or off.
         vae: decodes the latents.
         config: how to sample.
         indices: the images, (n,) int64.
@@ -111,18 +112,22 @@ def sample_latents(
 
 @functools.cache
 def _decoder_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for the life of the process: a stream keeps the memory that was freed in it."""
+    """The decoder's stream, created once per process.
+
+    torch reuses freed GPU memory only in the stream that allocated it. A new stream for each call
+    could not reuse that memory and would raise the peak memory.
+    """
     return torch.cuda.Stream(device)
 
 
 class _Decoding(NamedTuple):
     """A batch that a GPU may still be decoding."""
 
-    batch: Batch
+    batch: SampleBatch
     finite: torch.Tensor  # (n,) bool
     done: torch.cuda.Event | None  # None on a CPU, where decoding is finished
 
-    def finish(self) -> Batch:
+    def finish(self) -> SampleBatch:
         """Wait for the images and check that they are finite."""
         if self.done is not None:
             self.done.synchronize()
@@ -148,14 +153,14 @@ def _decode(
     if stream is None:
         pixels = vae.decode(latents)
         images = to_uint8(pixels).contiguous()
-        return _Decoding(Batch(indices, images, labels), _is_finite(pixels), None)
+        return _Decoding(SampleBatch(indices, images, labels), _is_finite(pixels), None)
     stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         latents.record_stream(stream)
         pixels = vae.decode(latents)
         images = _copy_to_host(to_uint8(pixels))
         finite = _copy_to_host(_is_finite(pixels))
-    return _Decoding(Batch(indices, images, labels), finite, stream.record_event())
+    return _Decoding(SampleBatch(indices, images, labels), finite, stream.record_event())
 
 
 def _is_finite(pixels: torch.Tensor) -> torch.Tensor:

@@ -80,9 +80,10 @@ def _central_directory(size: int, crc: int, offset: int) -> bytes:
 def _pwrite(file: io.FileIO, data: bytes, offset: int) -> None:
     """Write at an offset.
 
-    Mapped pages would count as memory of the process; written ones do not.
+    A memory map would be simpler, but its pages count as resident memory of the process.
     """
-    while data:  # the write before a limit or the end of a disk is short; the next one raises
+    # At a size limit or on a full disk, pwrite writes a part only. The next call then raises.
+    while data:
         written = os.pwrite(file.fileno(), data, offset)
         data, offset = data[written:], offset + written
 
@@ -124,7 +125,7 @@ class SampleArchive:
         return self.path.exists()
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _exclusive_lock(self) -> Iterator[None]:
         with open(self._lock_file, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -135,7 +136,7 @@ class SampleArchive:
         Raises:
             UserError: the disk has too little space; the message says how much is needed.
         """
-        with self._locked():
+        with self._exclusive_lock():
             if not self.finished and not self._done_file.exists():
                 self._allocate()
             # Both files stay open: another process may finish the .npz, which renames one and
@@ -199,7 +200,7 @@ class SampleArchive:
         Returns:
             whether the .npz exists.
         """
-        with self._locked():
+        with self._exclusive_lock():
             if self.finished:
                 return True
             if self.missing().size:

@@ -100,7 +100,7 @@ class LoopConfig:
     num_workers: int = 4
     """Processes that read features ahead; 0 reads them in the training process."""
     max_skipped_steps: int = 20
-    """Stop after this many skipped steps in a row. A GPU is asked every ``log_every`` steps."""
+    """Stop after this many skipped steps in a row. On a GPU this is checked when logging only."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "log_every", "ckpt_every", "max_skipped_steps"):

@@ -47,7 +47,7 @@ def init_from(model: DiffusionTransformer, weights: dict[str, torch.Tensor]) -> 
 
 
 def _resize_bias_table(table: torch.Tensor, length: int) -> torch.Tensor:
-    """Bicubic interpolation over the offsets, (old length, heads) -> (length, heads)."""
+    """Bicubic interpolation over the offsets, (old length, num_heads) -> (length, num_heads)."""
     old_side, new_side = math.isqrt(len(table)), math.isqrt(length)
     offsets = table.T.reshape(1, -1, old_side, old_side)
     resized = torch.nn.functional.interpolate(

@@ -30,7 +30,7 @@ from edt.utils.errors import UserError
 from edt.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
-EXIT_CODE_SIGINT = 130
+EXIT_CODE_SIGINT = 130  # 128 + SIGINT. SIGTERM is a scheduler's normal request to stop: exit code 0
 
 
 def training_loop(
@@ -114,6 +114,7 @@ class StopSignal:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.number = number
+        # The next Ctrl-C ends a process that hangs and never reaches the end of its step.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *exception: object) -> None:
@@ -187,9 +188,9 @@ def _progress_bar(step: int, max_steps: int, is_main: bool) -> Iterator[tqdm]:
 
 
 def _signal_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """A process group on the CPU, for flags; None for one process.
+    """A gloo group that all-reduces the stop flag on the CPU; None for one process.
 
-    Over the GPU's group, every step would wait for the device.
+    With NCCL, the host would wait for the GPU in every step.
     """
     if accelerator.num_processes == 1:
         return None
@@ -210,6 +211,7 @@ def _any(flag: bool, group: dist.ProcessGroup | None) -> bool:
 def configure_logging(path: Path, is_main: bool) -> None:
     """Log to the console and to a file, from the main process only."""
     logging.raiseExceptions = False  # with a full disk, every line would print a traceback
+    # Without any handler, logging would print the warnings of every process to stderr.
     handlers: list[logging.Handler] = [logging.NullHandler()]
     if is_main:
         handlers = [logging.StreamHandler(), logging.FileHandler(path)]

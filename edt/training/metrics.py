@@ -34,8 +34,8 @@ Tracker = Literal["tensorboard", "wandb"]
 class Meter:
     """Running means over the steps since the last line of the log.
 
-    They stay on the device until they are read, since reading makes the host wait. A skipped step
-    counts in the rate and in no mean.
+    The sums stay on the device until they are read, since reading makes the host wait. A skipped
+    step counts in images_per_sec, because it took time, but in no mean.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -47,37 +47,37 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Begin new means."""
+        """Reset the sums and the timer."""
         self.losses = torch.zeros(2, device=self.device)  # full pass, masked pass
         # By quartile of the timestep: sum of weighted losses, sum of weights.
         self.quartiles = torch.zeros(2, QUARTILES, device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
-        self.applied_steps = torch.zeros((), device=self.device)
+        self.finite_steps = torch.zeros((), device=self.device)
         self.steps = 0
         self.start_sec = time.perf_counter()
 
     def add(self, report: StepReport) -> None:
-        """Take in a step.
+        """Add a step to the sums.
 
-        Losses are weighted by importance, as they are trained on. Unweighted, they would rise when
-        the timestep sampler begins to prefer the hard timesteps.
+        Losses have their importance weights, as in the training objective. Unweighted losses would
+        rise when the timestep sampler starts to prefer timesteps with a high loss.
         """
         self.steps += 1
-        applied = ~report.found_inf
-        self.applied_steps += applied
-        weight = report.weight * applied
-        weighted = torch.where(applied, report.losses, 0) * weight[:, None]
+        is_finite = ~report.found_inf
+        self.finite_steps += is_finite
+        weight = report.weight * is_finite
+        weighted = torch.where(is_finite, report.losses, 0) * weight[:, None]
         means = weighted.mean(dim=0)
         self.losses[: len(means)] += means
         quartile = report.t * QUARTILES // self.trainer.diffusion.num_timesteps
         self.quartiles.index_add_(1, quartile, torch.stack([weighted.sum(dim=1), weight]))
-        self.grad_norm += torch.where(applied, report.grad_norm, 0)
+        self.grad_norm += torch.where(is_finite, report.grad_norm, 0)
 
     def read(self, steps_per_epoch: int) -> dict[str, Any]:
-        """One line for the log: means since the last one. Begins new means."""
+        """Return the means since the last call as a row of the log, then reset."""
         trainer, batch_size = self.trainer, self.trainer.config.global_batch_size
         sums = torch.stack([*self.losses, self.grad_norm])
-        full, masked, grad_norm = (sums / self.applied_steps).tolist()
+        full, masked, grad_norm = (sums / self.finite_steps).tolist()
         quartiles = (self.quartiles[0] / self.quartiles[1]).tolist()
         images_per_sec = self.steps * batch_size / (time.perf_counter() - self.start_sec)
         processes = trainer.accelerator.num_processes

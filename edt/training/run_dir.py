@@ -90,15 +90,16 @@ def choose_run_dir(
 def resolve_resume(run_dir: Path, resume: Path | None, step: int | None = None) -> Path | None:
     """The checkpoint to continue from, or None for a fresh start.
 
-    The rule: a run folder is continued if it holds a checkpoint; ``resume`` demands one.
+    A run folder that holds a checkpoint is continued. With ``resume`` or ``step``, a missing
+    checkpoint is an error.
 
     Args:
         run_dir: the run's folder.
         resume: a checkpoint, or a run folder whose newest checkpoint is meant; it must exist.
-        step: demand the checkpoint of this step.
+        step: require the checkpoint of this step.
 
     Raises:
-        UserError: a demanded checkpoint is missing or damaged, or every checkpoint is damaged.
+        UserError: a required checkpoint is missing or damaged, or every checkpoint is damaged.
     """
     source = run_dir if resume is None else resume
     if source.is_file():
@@ -107,7 +108,10 @@ def resolve_resume(run_dir: Path, resume: Path | None, step: int | None = None) 
         )
     if resume is not None and (resume / "manifest.json").exists():
         if step is not None and resume.name != f"{step:07d}":
-            raise UserError(f"{resume} is not the checkpoint of --resume-step {step}; give one")
+            raise UserError(
+                f"--resume {resume} is not the checkpoint of --resume-step {step}; "
+                "leave one of the two out"
+            )
         verify_checkpoint(resume)
         return resume
     folder = source / "checkpoints"

@@ -1,7 +1,7 @@
 """The inputs of a training step: everything random in it, drawn from (seed, step).
 
-Every process draws for the whole global batch and keeps its rows. So one process and many see the
-same draws, and a continued run needs no generator state.
+Every process draws the inputs of the global batch and keeps its rows. So the inputs do not depend
+on the number of processes, and a resumed run needs no generator state.
 """
 
 from typing import NamedTuple
@@ -55,7 +55,7 @@ def draw_step_inputs(
         step: number of the step, from 0.
         model: gives the shape of the latents and the masks that the network has.
         timestep_sampler: lives on ``device``.
-        device: where the draws are made.
+        device: of the generators and of the inputs.
     """
     batch_size = config.global_batch_size
     timestep_generator = generator(config.seed, "timesteps", step, device)

@@ -43,8 +43,8 @@ class MicroBatch(NamedTuple):
     y: torch.Tensor  # (k n,), dropped labels replaced by the null class
     masks: TokenMasks | None  # of k n rows
     weight: torch.Tensor  # (n,)
-    network_rows: int  # rows fed to the network: n with shared noise (it repeats them), else k n
-    is_last: bool
+    network_rows: int  # of the network's input: n with shared noise (repeated inside), else k n
+    is_last: bool  # of the step; its backward pass reduces the gradients
 
 
 class Trainer:
@@ -55,11 +55,11 @@ class Trainer:
         config: what the weights depend on.
         accelerator: device and processes. Its mixed precision must be "no" or agree with
             ``config.precision``.
-        micro_batch_size: images that a process puts through the network at once. None, and the
-            release's -1, take all of the process's share. The update is that of the whole batch.
-        separate_passes: put the full and the masked pass through one after the other: slower, less
-            memory, the same update.
-        compile: what torch.compile compiles.
+        micro_batch_size: images per forward pass on each process; gradients are accumulated over
+            the local batch, so the update is the same. None or -1 (release): the local batch.
+        separate_passes: run the full and the masked pass one after the other instead of as one
+            batch. This is slower and takes less memory; the update is the same.
+        compile: a key of edt.nn.compilation.COMPILE_MODES.
 
     Attributes:
         model: the trained network.
@@ -69,8 +69,8 @@ class Trainer:
         skipped_in_a_row: how many of the last steps were skipped, () int64 on the device.
 
     Raises:
-        UserError: the global batch does not divide over the processes, or the accelerator computes
-            in another precision.
+        UserError: the global batch size is not divisible by the number of processes, or the
+            accelerator computes in another precision.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Trainer:
         processes, rank = accelerator.num_processes, accelerator.process_index
         if config.global_batch_size % processes:
             raise UserError(
-                f"--global-batch-size {config.global_batch_size} does not divide over "
-                f"{processes} processes"
+                f"--global-batch-size {config.global_batch_size} is not divisible by "
+                f"{processes} processes; choose a multiple of {processes}"
             )
         self.config, self.accelerator = config, accelerator
         self.device = accelerator.device
@@ -96,13 +96,13 @@ class Trainer:
         if micro_batch_size is None or micro_batch_size < 1:
             micro_batch_size = self.local_batch_size
         self.micro_batch_size = min(micro_batch_size, self.local_batch_size)
-        self.separate_passes = separate_passes or not model.passes_fit_one_batch
+        self.separate_passes = separate_passes or not model.can_batch_passes
 
         set_matmul_precision(config.precision)
         self.autocast = autocast(self.device, config.precision)
         self.model = model.to(self.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.averages = list(self.ema.parameters())
+        self.ema_params = list(self.ema.parameters())
         self.optimizer = create_optimizer(
             config.optimizer, self.model.parameters(), config.init_lr, compiled=compile != "off"
         )
@@ -118,7 +118,7 @@ class Trainer:
         """Take one step: losses, gradients and, if all are finite, the update.
 
         Args:
-            batch: this process's share of the images.
+            batch: this process's images of the step.
             inputs: of the global batch; None draws them from (seed, step).
         """
         # Draw the step's inputs.
@@ -156,7 +156,7 @@ class Trainer:
 
         # Update. found_inf stays a tensor: the host does not wait to learn its value.
         self.optimizer.step(
-            found_inf=found_inf, averages=self.averages, average_decay=config.ema_decay
+            found_inf=found_inf, ema_params=self.ema_params, ema_decay=config.ema_decay
         )
         self.timestep_sampler.update(inputs.t, losses.sum(dim=1), found_inf)
         self.step += 1  # a skipped step counts too: data and draws move on
@@ -199,7 +199,7 @@ class Trainer:
                 labels = [torch.where(one_pass.drop, null, y[rows]) for one_pass in passes]
                 masks = passes[-1].masks
                 if len(passes) > 1 and masks is not None:
-                    masks = masks.after_full_pass()
+                    masks = masks.prepend_full_pass()
                 # With shared noise the passes differ in their masks only. The network gets the
                 # rows once, and repeats them where the first mask acts.
                 copies = 1 if self.config.noise == "shared" else len(passes)

@@ -1,4 +1,4 @@
-"""Choices: every named alternative is defined once, as a ``Literal`` type beside what it chooses.
+"""Choices. Every set of named options is one ``Literal`` type, in the module that implements them.
 
 The type checker reads the ``Literal``. :func:`choices` gives its values to argparse and to
 messages, and the two checks below compare a value with them at run time.

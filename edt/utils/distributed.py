@@ -1,4 +1,4 @@
-"""The place of this process among those that torchrun or accelerate started."""
+"""Rank, world size and device of this process, as torchrun or accelerate set them."""
 
 import os
 from typing import NamedTuple
@@ -7,9 +7,9 @@ import torch
 
 
 class DistributedEnv(NamedTuple):
-    """What the launcher says in the environment variables."""
+    """Values of the launcher's environment variables."""
 
-    rank: int  # of this process among all, from 0
+    rank: int  # of this process, from 0
     world_size: int  # number of processes
     device: torch.device  # where this process computes
 
@@ -17,8 +17,8 @@ class DistributedEnv(NamedTuple):
 def get_distributed_env() -> DistributedEnv:
     """Read the launcher's variables; without a launcher there is one process.
 
-    For work that needs no exchange between processes. It opens no process group, so nothing can
-    wait for another process or time out.
+    For work without communication between processes. No process group is opened, so no process
+    can wait for another one or time out.
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))

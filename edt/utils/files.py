@@ -41,7 +41,7 @@ def make_folder(path: Path) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
+        if not os.access(path, os.W_OK):  # mkdir succeeds on an existing read-only folder
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(
@@ -86,9 +86,7 @@ def read_json(path: str | Path) -> dict:
         raise UserError(f"cannot read {path} ({type(error).__name__}); is it damaged?") from None
 
 
-def write_or_check_settings(
-    path: str | Path, settings: dict, remedy: str, info: dict | None = None
-) -> None:
+def write_or_check_settings(path: str | Path, settings: dict, remedy: str) -> None:
     """Record in a JSON file the settings that the files beside it were made with.
 
     If the file exists, compare it with these settings instead.
@@ -97,7 +95,6 @@ def write_or_check_settings(
         path: the JSON file.
         settings: what the files depend on.
         remedy: what the user should do where the settings differ; ends the message.
-        info: recorded too, and never compared.
 
     Raises:
         UserError: the recorded settings differ; the message names the fields.
@@ -107,7 +104,7 @@ def write_or_check_settings(
         check_settings(path.parent, read_json(path), settings, remedy)
         return
     make_folder(path.parent)
-    write_json(path, {**settings, **(info or {})})
+    write_json(path, settings)
 
 
 def check_settings(folder: Path, recorded: dict, settings: dict, remedy: str) -> None:
@@ -136,7 +133,10 @@ def differences(old: dict, new: dict) -> str:
 
 
 def _difference(name: str, old: object, new: object) -> str:
-    """One difference; of two long lists of one length, the first entry that differs."""
+    """Describe one difference.
+
+    Two long lists of equal length are described by their first differing entry.
+    """
     long_old = isinstance(old, list | tuple) and len(old) > 8
     long_new = isinstance(new, list | tuple) and len(new) > 8
     if isinstance(old, list | tuple) and isinstance(new, list | tuple) and long_old and long_new:

@@ -4,8 +4,8 @@ Every draw is a function of (seed, stream, step). The stream is the name of the 
 "noise" or "labels".
 
 Training draws a whole global batch from one generator per stream and step (:func:`generator`), on
-every process, and each process keeps its rows. So one process and many see the same draws, and a
-continued run needs no generator state.
+every process, and each process keeps its rows. So the draws do not depend on the number of
+processes, and a resumed run needs no generator state.
 
 What belongs to one image (its noise, its label, its flip) is also a function of the image's index
 (:func:`normal`, :func:`integers`). So batch size and number of processes do not matter.
@@ -49,6 +49,7 @@ def _bits(seed: int, stream: str, step: int, indices: torch.Tensor, count: int) 
 
     They are the same on every device.
     """
+    # The inner mix scatters the starts. Without it the counters of adjacent indices would overlap.
     start = _mix(_mix(indices.long() * _WEYL) ^ _key(seed, stream, step))
     return _mix(start[:, None] + torch.arange(1, count + 1, device=indices.device) * _WEYL)
 
@@ -106,4 +107,5 @@ class ImageNoise:
 
 def integers(seed: int, stream: str, step: int, indices: torch.Tensor, high: int) -> torch.Tensor:
     """Uniform integers in [0, high), one per index, (n,) int64 on the device of ``indices``."""
+    # The mask clears the sign bit. The bias of the modulo is at most high / 2^63.
     return (_bits(seed, stream, step, indices, 1)[:, 0] & (1 << 63) - 1) % high

@@ -20,7 +20,7 @@ import image_generator
 import image_generator_ddp
 import train_mask_adan
 from edt.checkpoints.folder import list_checkpoints
-from edt.cli.build import check_speed
+from edt.cli.build import check_speed_options
 from edt.utils.errors import UserError
 
 PIXELS = ("--vae", "pixels", "--image-size", "16", "--num-workers", "0")  # of an extraction
@@ -154,9 +154,9 @@ def test_bfloat16_is_refused_on_a_gpu_that_emulates_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     args = argparse.Namespace(precision="bf16", attention="auto", compile="off")
     with pytest.raises(UserError, match="Tesla T4"):
-        check_speed(args, torch.device("cuda"))
+        check_speed_options(args, torch.device("cuda"))
     args.precision = "tf32"
-    check_speed(args, torch.device("cuda"))
+    check_speed_options(args, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

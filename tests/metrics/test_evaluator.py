@@ -8,7 +8,7 @@ import pytest
 from conftest import run_script
 from evaluation_helpers import printed_scores, refusal
 
-from edt.metrics import Backend, FeatureName, Mode
+from edt.metrics import Backend, FeatureName, PrecisionRecallMode
 from edt.utils.choices import choices
 from evaluator import main, parse
 
@@ -86,7 +86,8 @@ def test_bad_flags_are_refused(files, capsys):
 
 
 @pytest.mark.parametrize(
-    "option, literal", [("--features", FeatureName), ("--backend", Backend), ("--pr", Mode)]
+    "option, literal",
+    [("--features", FeatureName), ("--backend", Backend), ("--pr", PrecisionRecallMode)],
 )
 def test_choices_of_the_command_line_are_those_of_the_library(capsys, option, literal):
     for value in choices(literal):

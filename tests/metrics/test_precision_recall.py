@@ -7,7 +7,7 @@ import pytest
 import torch
 from evaluation_helpers import ADM_GOLDEN, golden_reference, golden_samples
 
-from edt.metrics import Mode, precision_recall
+from edt.metrics import PrecisionRecallMode, precision_recall
 from edt.utils.choices import choices
 from edt.utils.errors import UserError
 
@@ -22,13 +22,13 @@ def test_precision_recall_equals_adm(suffix, factor):
     assert recall == pytest.approx(ADM_GOLDEN["recall" + suffix], abs=2e-3)
 
 
-@pytest.mark.parametrize("mode", choices(Mode))
+@pytest.mark.parametrize("mode", choices(PrecisionRecallMode))
 def test_identical_sets_have_full_precision_and_recall(mode):
     features = golden_samples()[:200]
     assert precision_recall(features, features, mode=mode) == (1, 1)
 
 
-@pytest.mark.parametrize("mode", choices(Mode))
+@pytest.mark.parametrize("mode", choices(PrecisionRecallMode))
 def test_precision_and_recall_are_not_swapped(mode):
     grid = np.stack(np.meshgrid(np.arange(4.0), np.arange(4.0)), -1).reshape(-1, 2)
     corner = np.float32([[0, 0], [0.1, 0], [0, 0.1], [0.1, 0.1], [0.05, 0.05]])
@@ -49,7 +49,7 @@ def test_exact_precision_recall_is_that_of_all_distances():
     assert recall == expected_recall
 
 
-@pytest.mark.parametrize("mode", choices(Mode))
+@pytest.mark.parametrize("mode", choices(PrecisionRecallMode))
 def test_blocks_do_not_change_precision_and_recall(mode, monkeypatch):
     sets = golden_reference()[:300], golden_samples()[:200]
     expected = precision_recall(*sets, mode=mode)

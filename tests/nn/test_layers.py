@@ -8,7 +8,7 @@ from torch import nn
 
 from edt.nn.attention import attention
 from edt.nn.layers import (
-    AdaLN,
+    AdaLNModulation,
     Attention,
     Block,
     DownSample,
@@ -107,7 +107,7 @@ def test_neighbouring_timesteps_differ_under_bfloat16():
 
 
 def test_scales_of_adaln_are_float32_under_bfloat16():
-    adaln = golden_rule.fill(AdaLN(8, 4, parts=3))
+    adaln = golden_rule.fill(AdaLNModulation(8, 4, parts=3))
     with torch.autocast("cpu", torch.bfloat16):
         vectors = adaln(torch.randn(2, 8))
     assert [vector.shape for vector in vectors] == [(2, 4)] * 3
@@ -181,9 +181,9 @@ def test_the_quarters_that_are_kept_are_not_rescaled(down):
     tokens, c = golden_rule.normal(5, 1, 64, 12), golden_rule.normal(6, 1, 6)
     keep = torch.ones(1, 64, dtype=torch.bool)
     keep[0, 9] = False
-    merged = down.enhance(patch_merge(tokens).flatten(2), c)
+    merged = down.norm_and_modulate(patch_merge(tokens).flatten(2), c)
     merged[0, 0, 36:] = 0
-    expected = down.supplement(down.reduction(merged))
+    expected = down.add_positions(down.reduction(merged))
     torch.testing.assert_close(down(tokens, c, keep), expected)
 
 

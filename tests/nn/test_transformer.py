@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from edt.amm import modulate_attention
+from edt.amm import set_amm_matrices
 from edt.models import EDT_models, EDTConfig
 from edt.nn.attention import attention
 from edt.nn.compilation import compile_network
@@ -19,7 +19,7 @@ from edt.utils.errors import UserError
 class Plain(DiffusionTransformer):
     """A network of another family: two attention layers without a position bias."""
 
-    passes_fit_one_batch = False
+    can_batch_passes = False
 
     def __init__(self, config: EDTConfig) -> None:
         super().__init__()
@@ -56,14 +56,14 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def test_amm_asks_each_attention_for_its_grid(plain, inputs):
     before = plain(*inputs)
-    (modulation,) = modulate_attention(plain.attention_blocks(), [1], "256")
+    (modulation,) = set_amm_matrices(plain.attention_blocks(), [1], "256")
     assert modulation.radius == pytest.approx((49 + 4) ** 0.5)
     assert plain.layers[1].amm_matrix.shape == (64, 64)
     assert not torch.allclose(plain(*inputs), before)
     with pytest.raises(UserError, match="block 2 does not exist"):
-        modulate_attention(plain.attention_blocks(), [0, 2], "256")
+        set_amm_matrices(plain.attention_blocks(), [0, 2], "256")
     assert plain.layers[0].amm_matrix is None, "a refused call changed something"
-    modulate_attention(plain.attention_blocks(), [], "256")
+    set_amm_matrices(plain.attention_blocks(), [], "256")
     assert torch.equal(plain(*inputs), before)
 
 
@@ -101,7 +101,7 @@ def test_guidance_combines_the_halves():
 
 
 @pytest.mark.parametrize(
-    ("config", "for_512_pixels"),
+    ("config", "uses_512_amm"),
     [
         ({"input_size": 64}, True),
         ({"input_size": 32}, False),
@@ -111,11 +111,11 @@ def test_guidance_combines_the_halves():
         ({"input_size": 32, "image_size": 512}, True),
     ],
 )
-def test_the_512_form_follows_the_images(config, for_512_pixels):
+def test_the_512_form_follows_the_images(config, uses_512_amm):
     model = EDT_models["EDT-S/2"](num_classes=3, **config)
     blocks = model.set_amm("auto")
-    assert blocks == ((10,) if for_512_pixels else (7, 10))
-    assert model.modulations[0].form == ("512" if for_512_pixels else "256")
+    assert blocks == ((10,) if uses_512_amm else (7, 10))
+    assert model.modulations[0].form == ("512" if uses_512_amm else "256")
 
 
 def test_a_text_that_is_no_placement_is_refused():

@@ -20,7 +20,7 @@ def trajectory(name: str, weight_decay: float):
         for p in params:
             p.grad = torch.from_numpy(0.1 * rng.standard_normal(tuple(p.shape), dtype=np.float32))
         averages = [p.detach().clone() for p in params]
-        optimizer.step(found_inf=torch.tensor(False), averages=averages, average_decay=0.9)
+        optimizer.step(found_inf=torch.tensor(False), ema_params=averages, ema_decay=0.9)
         yield step, [p.detach().clone() for p in params]
 
 
@@ -54,7 +54,7 @@ def test_a_skipped_step_leaves_no_trace_even_the_first():
         for gradient in gradients:
             p.grad = gradient
             found_inf = ~gradient.isfinite().all()
-            optimizer.step(found_inf=found_inf, averages=[average], average_decay=0.9)
+            optimizer.step(found_inf=found_inf, ema_params=[average], ema_decay=0.9)
         return [p.detach(), average, *optimizer.state[p].values()], optimizer.param_groups[0][
             "step"
         ]
@@ -76,7 +76,7 @@ def test_adan_averages_what_update_ema_would():
     average, optimizer = torch.zeros(5), create_optimizer("adan", [p], 1e-2)
     for _ in range(3):
         p.grad = torch.randn(5)
-        optimizer.step(averages=[average], average_decay=0.9)
+        optimizer.step(ema_params=[average], ema_decay=0.9)
         update_ema([expected], [p], 0.9)
     torch.testing.assert_close(average, expected)
 
