@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test test-all lint bench check-adm clean
+.PHONY: install demo test test-slow test-all lint bench check-adm clean
 
 # One installation for the demo and the tests; repeated when pyproject.toml changes.
 install: $(VENV)/.installed
@@ -28,8 +28,11 @@ $(VENV)/.installed-tf: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[tf]'
 	touch $@
 
-test-all: $(VENV)/.installed-tf lint
-	$(BIN)/python -m pytest -q
+# The tests that `make test` leaves out, and no other.
+test-slow: $(VENV)/.installed-tf
+	$(BIN)/python -m pytest -m slow -q
+
+test-all: test test-slow
 
 # The rows of README's speed table that a CPU gives, about ten minutes; leave the machine alone meanwhile.
 bench: install

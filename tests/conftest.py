@@ -1,5 +1,7 @@
 """Fixtures and helpers that many tests share."""
 
+import edt.cli  # noqa: F401  # isort: skip  # before torch: threads then spin less
+
 import json
 import logging
 import os

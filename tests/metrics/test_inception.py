@@ -118,6 +118,7 @@ def test_network_meets_tensorflow_values(extractor, side):
         np.testing.assert_allclose(summary(features), expected, rtol=0, atol=1e-5 * features.max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", ["one", "ignored", "used"])
 def test_network_meets_tensorflow(tmp_path, gamma):
     pytest.importorskip("tensorflow")
