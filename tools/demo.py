@@ -27,16 +27,17 @@ from edt.training.plots import plot_losses
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE_SIZE = 16  # pixels: token grids of 8, 4 and 2
 STEPS, BATCH_SIZE, SAMPLES, CFG_SCALE = 900, 64, 200, 3.0
+SEEDS = range(5)  # of sampling; the scores of one seed change with the rounding of a machine
 HELD_BACK = 5  # every fifth image is not trained on
 CLASSES, GRID_ROWS, AMM_ROWS, ENLARGEMENT = 10, 8, 3, 3  # layout of the pictures
 
 
 class Samples(NamedTuple):
-    """A file of samples and its scores."""
+    """Samples of one setting, a file for each seed, and their scores."""
 
-    name: str  # of its row in the table
-    path: Path  # the .npz
-    scores: dict[str, Any]  # of evaluator.py
+    name: str  # of the row in the table
+    paths: list[Path]  # the .npz of each seed
+    scores: list[dict[str, Any]]  # of each seed, from evaluator.py
 
 
 Images = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -123,7 +124,7 @@ def train(out: Path, steps: int, precision: str) -> None:
 
 
 def sample(out: Path, precision: str) -> list[Samples]:
-    """Sample with and without AMM and evaluate both; draw the grid of all classes."""
+    """Sample with and without AMM, with every seed, and evaluate; draw the grid of all classes."""
     sampling = {
         "ckpt": out / "run",
         "cfg_scale": CFG_SCALE,
@@ -131,21 +132,26 @@ def sample(out: Path, precision: str) -> list[Samples]:
         "precision": precision,
     }
     samples = []
-    for amm in (True, False):
-        printed = run_script(
-            "image_generator_ddp.py",
-            **sampling,
-            amm=str(amm),
-            num_images=SAMPLES,
-            labels="balanced",
-            per_proc_batch_size=100,
-            output_dir=out / "samples",
-        )
-        path = Path(printed.strip().splitlines()[-1])
-        scores = out / f"scores-amm-{str(amm).lower()}.json"
-        run_script("evaluator.py", out / "images/train", path, features="pixels", json=scores)
-        name = f"EDT-Tiny, AMM {'on' if amm else 'off'}"
-        samples.append(Samples(name, path, json.loads(scores.read_text())))
+    for amm in ("on", "off"):
+        row = Samples(f"EDT-Tiny, AMM {amm}", [], [])
+        for seed in SEEDS:
+            printed = run_script(
+                "image_generator_ddp.py",
+                **sampling,
+                amm=str(amm == "on"),
+                seed=seed,
+                num_images=SAMPLES,
+                labels="balanced",
+                per_proc_batch_size=100,
+                output_dir=out / "samples",
+            )
+            row.paths.append(Path(printed.strip().splitlines()[-1]))
+            scores = out / f"scores-amm-{amm}-seed-{seed}.json"
+            run_script(
+                "evaluator.py", out / "images/train", row.paths[-1], features="pixels", json=scores
+            )
+            row.scores.append(json.loads(scores.read_text()))
+        samples.append(row)
     run_script(
         "image_generator.py",
         **sampling,
@@ -161,13 +167,14 @@ def draw(out: Path, samples: list[Samples]) -> None:
 
     Args:
         out: folder of the demo.
-        samples: with AMM, then without; at least ``GRID_ROWS * CLASSES`` images each.
+        samples: with AMM, then without; the first file of both has at least
+            ``GRID_ROWS * CLASSES`` images.
     """
     with_amm, without_amm = (
-        np.load(path)["arr_0"][: GRID_ROWS * CLASSES].reshape(
+        np.load(row.paths[0])["arr_0"][: GRID_ROWS * CLASSES].reshape(
             GRID_ROWS, CLASSES, IMAGE_SIZE, IMAGE_SIZE, 3
         )
-        for _, path, _ in samples
+        for row in samples
     )
     # A row with AMM, then the same noise without, and so on.
     pairs = np.stack([with_amm[:AMM_ROWS], without_amm[:AMM_ROWS]], axis=1)
@@ -179,24 +186,50 @@ def draw(out: Path, samples: list[Samples]) -> None:
     plot_losses(out / "run" / "metrics.jsonl", out / "losses.png")
 
 
+COLUMNS = ("distance", "precision", "recall", "% in its class")  # of the table
+
+
+def score_seeds(row: Samples, classifier: SVC) -> np.ndarray:
+    """The values of COLUMNS for each seed, (seeds, 4)."""
+    values = []
+    for path, scores in zip(row.paths, row.scores, strict=True):
+        images = np.load(path)["arr_0"].mean(axis=-1)
+        predicted = classifier.predict(images.reshape(len(images), -1) / 255)
+        in_class = 100 * (predicted == np.load(path.parent / "labels.npy")).mean()
+        distance = scores["frechet_distance"]
+        values.append((distance, scores["precision"], scores["recall"], in_class))
+    return np.array(values)
+
+
 def report(samples: list[Samples], real: Images) -> str:
-    """The table of scores, with the share of samples that a classifier puts into their class."""
+    """The table of scores, as mean and standard deviation over the seeds.
+
+    Args:
+        samples: with AMM, then without. The difference of the two is taken seed by seed, because
+            equal seeds share labels and noise.
+        real: the images that the demo trains on, and those that it holds back. A classifier of the
+            former decides which class a sample is in.
+    """
     vectors = {
         split: (images.reshape(len(images), -1) / 255, labels)
         for split, (images, labels) in real.items()
     }
     classifier = SVC().fit(*vectors["train"])
-    header = f"{'':24}{'distance':>10}{'precision':>11}{'recall':>8}{'in its class':>14}"
-    lines = [f"{header}    (pixel space, {SAMPLES} samples)"]
-    for name, path, scores in samples:
-        images = np.load(path)["arr_0"].mean(axis=-1)
-        predicted = classifier.predict(images.reshape(len(images), -1) / 255)
-        share = (predicted == np.load(path.parent / "labels.npy")).mean()
-        distance, precision = scores["frechet_distance"], scores["precision"]
-        scores_text = f"{distance:10.3f}{precision:11.3f}{scores['recall']:8.3f}"
-        lines.append(f"{name:24}{scores_text}{share:13.1%}")
-    share = classifier.score(*vectors["test"])
-    lines.append(f"{'held-back real digits':24}{'':29}{share:13.1%}")
+    rows = {row.name: score_seeds(row, classifier) for row in samples}
+    with_amm, without_amm = rows.values()
+    rows["difference"] = with_amm - without_amm
+    lines = [f"{'':22}" + "".join(f"{column:>17}" for column in COLUMNS)]
+    for name, values in rows.items():
+        statistics = zip(values.mean(axis=0), values.std(axis=0, ddof=1), strict=True)
+        cells = (f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in statistics)
+        lines.append(f"{name:22}" + "".join(f"{cell:>17}" for cell in cells))
+    held_back = 100 * classifier.score(*vectors["test"])
+    lines.append(f"{'held-back real digits':22}{'':51}{held_back:17.3f}")
+    lines.append(
+        f"\nPixel space; {SAMPLES} samples for each of {len(SEEDS)} seeds; mean ± standard "
+        "deviation.\nThe seeds are those of sampling, from one trained network: they do not show "
+        "how much another\ntraining run would differ."
+    )
     return "\n".join(lines)
 
 

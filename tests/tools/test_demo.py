@@ -24,14 +24,17 @@ def real(demo, tmp_path):
     return demo.make_image_folders(tmp_path / "images")
 
 
-def write_samples(demo, folder, name, images, labels):
-    """A file of samples as the 50,000-image script writes it, with scores."""
-    folder.mkdir()
-    path = folder / "samples.npz"
-    np.savez(path, arr_0=np.repeat(images[..., None], 3, axis=-1))
-    np.save(folder / "labels.npy", labels)
-    scores = {"frechet_distance": 1.25, "precision": 0.75, "recall": 0.5}
-    return demo.Samples(name, path, scores)
+def write_samples(demo, folder, name, images, labels, distances=(1.25,)):
+    """A file of samples for each seed as the 50,000-image script writes it, with scores."""
+    row = demo.Samples(name, [], [])
+    for seed, distance in enumerate(distances):
+        path = folder / str(seed) / "samples.npz"
+        path.parent.mkdir(parents=True)
+        np.savez(path, arr_0=np.repeat(images[..., None], 3, axis=-1))
+        np.save(path.parent / "labels.npy", labels)
+        row.paths.append(path)
+        row.scores.append({"frechet_distance": distance, "precision": 0.75, "recall": 0.5})
+    return row
 
 
 def test_the_image_folders_hold_the_digits(real, tmp_path):
@@ -44,26 +47,29 @@ def test_the_image_folders_hold_the_digits(real, tmp_path):
             assert np.array_equal(np.asarray(Image.open(files[position])), images[position])
 
 
-def test_the_table_shows_scores_and_the_share_in_the_right_class(demo, real, tmp_path):
+def test_the_table_shows_means_and_deviations_over_the_seeds(demo, real, tmp_path):
     images, labels = (values[:40] for values in real["train"])
-    wrong_labels = (labels + 1) % 10
     samples = [
-        write_samples(demo, tmp_path / "right", "right labels", images, labels),
-        write_samples(demo, tmp_path / "wrong", "wrong labels", images, wrong_labels),
+        write_samples(demo, tmp_path / "on", "AMM on", images, labels, (1.0, 2.0, 6.0)),
+        write_samples(
+            demo, tmp_path / "off", "AMM off", images, (labels + 1) % 10, (2.0, 2.5, 6.0)
+        ),
     ]
-    header, *rows = demo.report(samples, real).splitlines()
+    header, *lines = demo.report(samples, real).splitlines()
     assert header.split()[:3] == ["distance", "precision", "recall"]
-    for row in rows[:2]:
-        assert row.split()[2:5] == ["1.250", "0.750", "0.500"]
-    assert [row[:24].strip() for row in rows] == [
-        "right labels",
-        "wrong labels",
-        "held-back real digits",
-    ]
-    right, wrong, held_back = (float(row.split()[-1].rstrip("%")) for row in rows)
-    assert right > 90
-    assert wrong < 10
-    assert held_back > 90
+    rows = {line[:22].strip(): line[22:].replace("±", "").split() for line in lines[:4]}
+    means = {name: [float(cell) for cell in cells[::2]] for name, cells in rows.items()}
+    deviations = {name: [float(cell) for cell in cells[1::2]] for name, cells in rows.items()}
+    assert means["AMM on"][:3] == [3.0, 0.75, 0.5]
+    assert means["AMM off"][:3] == [3.5, 0.75, 0.5]
+    assert deviations["AMM on"][0] == pytest.approx(np.std([1, 2, 6], ddof=1), abs=5e-4)
+    assert deviations["AMM off"][0] == pytest.approx(np.std([2, 2.5, 6], ddof=1), abs=5e-4)
+    # The spread of the difference is that of the pairs, not of the two sets.
+    assert means["difference"][0] == -0.5
+    assert deviations["difference"][0] == pytest.approx(np.std([-1, -0.5, 0], ddof=1), abs=5e-4)
+    assert means["AMM on"][3] > 90
+    assert means["AMM off"][3] < 10
+    assert float(rows["held-back real digits"][0]) > 90
 
 
 def test_the_pictures_show_the_samples(demo, tmp_path):
