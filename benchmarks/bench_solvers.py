@@ -24,13 +24,15 @@ from tqdm.auto import tqdm
 from edt.cli.arguments import add_speed_arguments
 from edt.cli.build import LoadedModel, load_for_sampling
 from edt.cli.main import exit_on_user_error
-from edt.data.images import center_crop, open_image_folder
+from edt.data.images import center_crop
 from edt.diffusion import SOLVERS, Solver
 from edt.metrics.frechet import Moments, StreamingMoments, frechet_distance
 from edt.sampling.config import SamplingConfig
 from edt.sampling.generate import generate
 from edt.utils.distributed import get_distributed_env
 from edt.utils.files import write_json
+from edt.utils.image_files import read_image
+from edt.utils.image_folder import list_images
 
 SEED = 0
 
@@ -66,11 +68,9 @@ def parser() -> argparse.ArgumentParser:
 
 def real_images(folder: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, size * size * 3) in [0, 1] and labels (n,) of an image folder."""
-    pairs = [
-        (np.asarray(center_crop(image, size)), label) for image, label in open_image_folder(folder)
-    ]
-    images, labels = (np.stack(part) for part in zip(*pairs, strict=True))
-    return flat(images), labels
+    paths, labels = list_images(folder).labelled_paths()
+    images = [np.asarray(center_crop(read_image(folder / path), size)) for path in paths]
+    return flat(np.stack(images)), labels
 
 
 def flat(images: np.ndarray) -> np.ndarray:

@@ -8,7 +8,9 @@ import os
 import re
 import resource
 import shutil
+import struct
 import subprocess
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,19 @@ def limited(file_size: int) -> dict[str, Callable[[], None]]:
     """
     limits = (file_size, resource.RLIM_INFINITY)
     return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)}
+
+
+def png(bits: int, colour_type: int, rows: bytes = b"", width: int = 16, height: int = 12) -> bytes:
+    """A PNG file of raw rows, for pixels that Pillow does not write and sizes that it refuses."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        checksum = zlib.crc32(kind + data)
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+    return content
+
+
+HUGE_PNG = png(8, 2, width=60_000, height=60_000)
 
 
 def fails(main: Callable[[list[str]], Any], argv: list, capsys: pytest.CaptureFixture[str]) -> str:

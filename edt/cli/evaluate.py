@@ -33,6 +33,7 @@ from edt.metrics import (
     make_reference,
     open_source,
 )
+from edt.metrics.images import FolderImages
 from edt.metrics.inception_weights import load_weights, save_weights
 from edt.utils.choices import choices
 from edt.utils.errors import UserError
@@ -165,7 +166,10 @@ def make_extractor(args: argparse.Namespace) -> FeatureExtractor:
 
 def open_images(path: str, args: argparse.Namespace) -> Source:
     crop = partial(center_crop, size=args.image_size) if args.image_size else None
-    return open_source(path, args.features, crop)
+    source = open_source(path, args.features, crop)
+    if isinstance(source.images, FolderImages):
+        print(source.images.folder.describe(), file=sys.stderr)
+    return source
 
 
 def check_output(file: Path) -> None:

@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 
 from edt.cli.arguments import COUNT, COUNT_OR_ZERO, from_arguments
 from edt.cli.main import exit_on_user_error
-from edt.data.extraction import CroppedImages, Extraction, ExtractionConfig
+from edt.data.extraction import Extraction, ExtractionConfig
 from edt.data.features import DrawMode, Layout
+from edt.data.images import CroppedImages
 from edt.data.vae import latent_shape, load_vae
 from edt.models import EDTConfig
 from edt.utils.choices import choices
@@ -98,6 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     config: ExtractionConfig = from_arguments(ExtractionConfig, args)
     images = CroppedImages(args.data_path, config.image_size)
     env = get_distributed_env()
+    if env.rank == 0:
+        print(images.folder.describe())
     vae = load_vae(args.vae, env.device)
     # Raises if EDT does not support this image size. The VAE supports more sizes, so without this
     # check the error would come only in training, after hours of extraction.

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import sys
 from collections.abc import Iterator
 
@@ -16,6 +17,10 @@ def exit_on_user_error() -> Iterator[None]:
 
     A script's ``main`` carries it as a decorator, ``@exit_on_user_error()``.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # The name of a file may be no text; it is printed with escapes.
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
         return

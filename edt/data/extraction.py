@@ -10,15 +10,13 @@ layouts and draw modes.
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.transforms.functional import to_tensor
+from torch.utils.data import DataLoader, Subset
 
 from edt.data.batches import read_loader
 from edt.data.features import (
@@ -27,11 +25,13 @@ from edt.data.features import (
     LABELS_FOLDER,
     MANIFEST_FILE,
     SETTINGS_FILE,
+    SIZES_FILE,
     DrawMode,
     Layout,
+    map_array,
     sample_posterior,
 )
-from edt.data.images import center_crop, open_image_folder
+from edt.data.images import CroppedImages
 from edt.data.vae import VAE, latent_shape
 from edt.utils.choices import check_fields
 from edt.utils.errors import UserError
@@ -76,40 +76,6 @@ class ExtractionConfig:
             raise UserError(
                 "--draw fresh needs --layout packed; the release's layout holds one draw only"
             )
-
-
-class CroppedImages(Dataset[tuple[int, torch.Tensor]]):
-    """Every image of a folder of class folders, as (index, image (3, S, S) in [-1, 1]).
-
-    Args:
-        path: the folder.
-        image_size: S, in pixels.
-
-    Attributes:
-        labels: (count,) int64.
-
-    Raises:
-        UserError: the folder has no images in class folders; later, an image cannot be read.
-    """
-
-    def __init__(self, path: str | Path, image_size: int):
-        self.folder, self.image_size = open_image_folder(path), image_size
-        self.labels = np.array(self.folder.targets, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
-        file = self.folder.samples[index][0]
-        try:
-            image, _ = self.folder[index]
-        # PIL raises any of these for a file that is not an image, or a truncated one.
-        except (OSError, SyntaxError, ValueError):
-            raise UserError(
-                f"cannot read the image {file}; replace it with a valid image and rerun, "
-                "or remove it and extract into a new --features-path"
-            ) from None
-        return index, to_tensor(center_crop(image, self.image_size)) * 2 - 1
 
 
 class Extraction:
@@ -162,7 +128,7 @@ class Extraction:
             "crop": "center",
             "vae": {"id": vae_name, "sha256": vae.sha256},
             "classes": images.folder.classes,
-            "images_sha256": self._paths_sha256(),
+            "images_sha256": images.paths_sha256(),
             **dataclasses.asdict(config),
         }
         size = config.shard_size if config.layout == "packed" else 1
@@ -186,10 +152,12 @@ class Extraction:
             the increment of a progress bar.
 
         Raises:
-            UserError: the folder holds other features, or an image cannot be read.
+            UserError: the folder holds other features or those of an image that was replaced; an
+                image cannot be read; the VAE makes values of it that are not finite.
         """
         remedy = "give another --features-path"
         write_or_check_settings(self.path / SETTINGS_FILE, self.settings, remedy)
+        self._write_or_check_sizes(self.path / SIZES_FILE)
         if self.config.layout == "npy":
             for folder in (FEATURES_FOLDER, LABELS_FOLDER):
                 (self.path / folder).mkdir(exist_ok=True)
@@ -214,7 +182,10 @@ class Extraction:
         self._finish()
 
     def drop_damaged(self) -> list[Path]:
-        """Remove this process's files that differ from the manifest of a finished extraction.
+        """Remove this process's damaged files of a finished extraction.
+
+        A file is damaged if it differs from the manifest, or holds NaN or infinite values, which
+        version 0.1 wrote with a broken VAE.
 
         If any file differs, the manifest is removed too. :meth:`run` then writes the files and the
         manifest again. Files of the npy layout are not compared: their manifest has no hashes.
@@ -236,7 +207,9 @@ class Extraction:
                 f"{manifest_file} was not written by an extraction; give another --features-path"
             ) from None
         damaged = [
-            file for file, sha256 in files if not file.exists() or file_sha256(file) != sha256
+            file
+            for file, sha256 in files
+            if not file.exists() or file_sha256(file) != sha256 or not _is_finite(file)
         ]
         for file in damaged:
             file.unlink(missing_ok=True)
@@ -244,14 +217,38 @@ class Extraction:
             manifest_file.unlink(missing_ok=True)
         return damaged
 
-    def _paths_sha256(self) -> str:
-        """Hash of the images' paths below their folder, in order; it tells one folder from another.
+    def _write_or_check_sizes(self, file: Path) -> None:
+        """Record the sizes of the images' files; refuse an image that changed after extraction.
 
-        The pixels are not hashed, as this would read every image once more.
+        An image whose shard is not written may change: a damaged one has to be replaced.
         """
-        root = Path(self.images.folder.root)
-        paths = [str(Path(file).relative_to(root)) for file, _ in self.images.folder.samples]
-        return hashlib.sha256("\n".join(paths).encode()).hexdigest()
+        sizes = self.images.file_sizes
+        if not file.exists():  # a new extraction, or one that version 0.1 began
+            _save(file, sizes)
+        changed = np.flatnonzero(map_array(file, sizes.shape, "int64") != sizes).tolist()
+        extracted = [index for index in changed if self._is_written(self._shard_of(index))]
+        # Another process of this command may have recorded the sizes and extracted since.
+        if extracted and (map_array(file, sizes.shape, "int64") != sizes).any():
+            shard_file = self._files(self._shard_of(extracted[0]))[0]
+            raise UserError(
+                f"{self.images.file(extracted[0])} has changed since its features were extracted "
+                f"({len(extracted)} such images); put the old one back, delete {shard_file} and "
+                "rerun, or give another --features-path"
+            )
+        if changed:
+            _save(file, sizes)
+
+    def _check_finite(self, stored: np.ndarray, indices: Sequence[int], remedy: str) -> None:
+        """Refuse stored values (n, *shape) of these n images if one is NaN or infinite."""
+        is_finite = np.isfinite(stored).all(axis=tuple(range(1, stored.ndim)))
+        if not is_finite.all():
+            image = self.images.file(indices[int(is_finite.argmin())])
+            vae = self.settings["vae"]["id"]
+            raise UserError(f"the VAE {vae} makes NaN or infinite values of {image}; {remedy}")
+
+    def _shard_of(self, index: int) -> int:
+        """The shard that holds an image."""
+        return index // len(self.shards[0])
 
     def _count_images(self, shards: Iterable[int]) -> int:
         return sum(len(self.shards[shard]) for shard in shards)
@@ -277,7 +274,9 @@ class Extraction:
         loader = DataLoader(Subset(self.images, indices), batch_size, num_workers=num_workers)
         with contextlib.closing(read_loader(loader)) as batches:
             for batch_indices, pixels in batches:
-                yield self._stored_values(batch_indices, pixels, device)
+                stored = self._stored_values(batch_indices, pixels, device)
+                self._check_finite(stored, batch_indices.tolist(), "give another --vae")
+                yield stored
 
     def _stored_values(
         self, indices: torch.Tensor, pixels: torch.Tensor, device: torch.device | str
@@ -331,12 +330,19 @@ class Extraction:
     def _record(self, shard: int) -> dict[str, Any]:
         """The manifest's entry for a shard of the packed layout."""
         images, (file,) = self.shards[shard], self._files(shard)
+        # Version 0.1 wrote shards without this check.
+        stored = map_array(file, (len(images), *self.shape), self.dtype)
+        self._check_finite(stored, images, f"delete {file} and give another --vae")
         return {
             "file": file.name,
             "start": images.start,
             "count": len(images),
             "sha256": file_sha256(file),
         }
+
+
+def _is_finite(file: Path) -> bool:
+    return bool(np.isfinite(np.load(file, mmap_mode="r", allow_pickle=False)).all())
 
 
 def _save(file: Path, array: np.ndarray, durable: bool = True) -> None:

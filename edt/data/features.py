@@ -27,6 +27,7 @@ FEATURES_FOLDER, LABELS_FOLDER = "imagenet_features", "imagenet_labels"
 LABELS_FILE = "labels.npy"
 MANIFEST_FILE = "manifest.json"  # written when the last feature is
 SETTINGS_FILE = "extraction.json"  # written before the first feature is
+SIZES_FILE = "image_sizes.npy"  # bytes of every image file when it was extracted
 
 
 class Batch(NamedTuple):
@@ -196,6 +197,28 @@ def sample_posterior(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor
     return torch.addcmul(mean, deviation, noise)
 
 
+def map_array(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Map an .npy file into memory.
+
+    Raises:
+        UserError: it cannot be read, or holds an array of another shape or type.
+    """
+    try:
+        # A plain array over the mapped memory: np.memmap objects are slower to index.
+        array = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError):
+        raise UserError(
+            f"cannot read {file}; it is missing or cut short: "
+            "delete it, if it exists, and run extract_features.py again"
+        ) from None
+    if array.shape != shape or array.dtype != dtype:
+        raise UserError(
+            f"{file} holds {array.dtype} {array.shape}, its manifest says {dtype} {shape}; "
+            "delete it and run extract_features.py again"
+        )
+    return array
+
+
 class PackedFeatures(Features):
     """The packed layout, memory-mapped: only the rows that are read come into memory."""
 
@@ -208,7 +231,7 @@ class PackedFeatures(Features):
         self.shards = []
         for shard in shards:
             file, shard_shape = path / shard["file"], (shard["count"], *shape)
-            images = self._map(file, shard_shape, manifest["dtype"])
+            images = map_array(file, shard_shape, manifest["dtype"])
             self.shards.append(images.reshape(-1, *shape[-3:]))
         self.starts = np.array([shard["start"] for shard in shards])
         ends = np.cumsum([shard["count"] for shard in shards]).tolist()
@@ -217,27 +240,9 @@ class PackedFeatures(Features):
                 f"the shards in {path / MANIFEST_FILE} do not add up to {manifest['count']} images;"
                 " run extract_features.py again into another folder"
             )
-        labels = self._map(path / LABELS_FILE, (manifest["count"],), "int64")
+        labels = map_array(path / LABELS_FILE, (manifest["count"],), "int64")
         channels = shape[-3] // 2 if fresh else shape[-3]
         super().__init__(path, manifest, np.array(labels), (channels, *shape[-2:]))
-
-    @staticmethod
-    def _map(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """Map a file into memory, if it holds an array of this shape and type."""
-        try:
-            # A plain array over the mapped memory: np.memmap objects are slower to index.
-            array = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
-        except (OSError, ValueError, EOFError):
-            raise UserError(
-                f"cannot read {file}; it is missing or cut short: "
-                "delete it, if it exists, and run extract_features.py again"
-            ) from None
-        if array.shape != shape or array.dtype != dtype:
-            raise UserError(
-                f"{file} holds {array.dtype} {array.shape}, its manifest says {dtype} {shape}; "
-                "delete it and run extract_features.py again"
-            )
-        return array
 
     def _read(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
         owners = np.searchsorted(self.starts, indices, side="right") - 1

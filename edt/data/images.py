@@ -1,21 +1,28 @@
-"""Image folders, and the crop that training data and reference statistics share."""
+"""The images of a training set, and the crop that reference statistics share with it."""
 
+import functools
+import hashlib
+import os
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
-from torchvision.datasets import ImageFolder
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import to_tensor
 
-from edt.utils.errors import UserError
+from edt.utils.image_files import read_image, to_rgb
+from edt.utils.image_folder import list_images
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """Scale the shorter side to ``size`` pixels and cut out the central square, as ADM does.
 
     Args:
-        image: any PIL image; it is converted to RGB.
+        image: any PIL image; it is converted by :func:`to_rgb`.
         size: side of the result in pixels.
     """
-    image = image.convert("RGB")
+    image = to_rgb(image)
     # Halve with a box filter while the shorter side is at least twice the target. The bicubic step
     # then shrinks by a factor below 2, so it does not alias. ADM crops in the same way.
     while min(image.size) >= 2 * size:
@@ -28,20 +35,51 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def open_image_folder(path: str | Path) -> ImageFolder:
-    """An ``ImageFolder``: one sub-folder of images per class.
+class CroppedImages(Dataset[tuple[int, torch.Tensor]]):
+    """Every image of a folder of class folders, as (index, image (3, S, S) in [-1, 1]).
+
+    Args:
+        path: the folder.
+        image_size: S, in pixels.
+
+    Attributes:
+        folder: the listing of the folder.
+        paths: of the images, below the folder.
+        labels: (count,) int64.
 
     Raises:
-        UserError: the folder is missing, has no class sub-folders, or no images.
+        UserError: the folder does not consist of class folders; later, an image cannot be read.
     """
-    if not Path(path).is_dir():
-        raise UserError(
-            f"no image folder at {path}; give a folder with one sub-folder of images per class"
+
+    def __init__(self, path: str | Path, image_size: int):
+        self.folder, self.image_size = list_images(path), image_size
+        self.paths, self.labels = self.folder.labelled_paths()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
+        remedy = (
+            "replace it with a valid image and rerun, "
+            "or remove it and extract into a new --features-path"
         )
-    try:
-        return ImageFolder(str(path))
-    except FileNotFoundError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} is not an image folder ({reason}); put the images in one sub-folder per class"
-        ) from None
+        image = read_image(self.file(index), remedy)
+        return index, to_tensor(center_crop(image, self.image_size)) * 2 - 1
+
+    def file(self, index: int) -> Path:
+        """The file of an image."""
+        return self.folder.root / self.paths[index]
+
+    def paths_sha256(self) -> str:
+        """Hash of the images' paths below the folder, in order; it tells one folder from another.
+
+        The pixels are not hashed, as this would read every image once more.
+        """
+        # The file system's own bytes: not every name is UTF-8.
+        return hashlib.sha256(os.fsencode("\n".join(self.paths))).hexdigest()
+
+    @functools.cached_property
+    def file_sizes(self) -> np.ndarray:
+        """Bytes of each image's file, (count,) int64."""
+        sizes = (os.stat(os.path.join(self.folder.root, path)).st_size for path in self.paths)
+        return np.fromiter(sizes, np.int64, len(self))

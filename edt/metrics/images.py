@@ -6,6 +6,7 @@ They are checked when they are opened, and read in batches.
 import hashlib
 import io
 import math
+import os
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -17,10 +18,11 @@ from typing import IO
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from edt.utils.errors import UserError
 from edt.utils.files import file_sha256
+from edt.utils.image_files import open_image, read_image
+from edt.utils.image_folder import list_images
 
 Crop = Callable[[Image.Image], Image.Image]
 
@@ -124,16 +126,25 @@ class FolderImages(ImageSet):
         path: the folder.
         crop: applied to each image. Without it all images must have one size.
 
+    Attributes:
+        folder: the listing of the folder.
+
     Raises:
-        UserError: there are no images, or they cannot be read, or their sizes differ.
+        UserError: there are no images, or they cannot be read, or their sizes differ, or the
+            folder holds several splits of a data set.
     """
 
     def __init__(self, path: Path, crop: Crop | None = None):
         self.name = str(path)
         self._root, self._crop = path, crop
-        self._files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-        if not self._files:
-            raise UserError(f"no images below {path}; give a folder of image files or an .npz file")
+        self.folder = folder = list_images(path)
+        if not folder.count:
+            raise UserError(
+                f"no images below {path}{folder.describe_left_out()}; "
+                "give a folder of image files or an .npz file"
+            )
+        folder.refuse_splits()
+        self._files = [path / name for name in folder.paths()]
         self.count = len(self._files)
         _check_count(self.name, self.count)
         height, width, _ = self._decode(self._files[0]).shape
@@ -150,37 +161,27 @@ class FolderImages(ImageSet):
                 yield np.stack(list(pool.map(self._decode, files)))
 
     def sha256(self) -> str:
-        digest = hashlib.sha256(f"{self.resolution}".encode())
+        # Features in the cache of version 0.1 are of grey values that were clipped, not scaled.
+        digest = hashlib.sha256(f"{self.resolution} scaled to 8 bits".encode())
         for file in self._files:
-            digest.update(f"{file.relative_to(self._root)} {file_sha256(file)}\n".encode())
+            # The file system's own bytes: not every name is UTF-8.
+            digest.update(os.fsencode(f"{file.relative_to(self._root)} {file_sha256(file)}\n"))
         return digest.hexdigest()
 
     def _decode(self, file: Path) -> np.ndarray:
-        with _open_image(file) as image:
-            if self._crop is None:
-                return np.asarray(image.convert("RGB"))
-            return np.asarray(self._crop(image))
+        image = read_image(file)
+        return np.asarray(self._crop(image) if self._crop else image)
 
     def _check_sizes(self) -> None:
         """Check the image size in every file's header, before hours of work begin."""
         for file in self._files:
-            with _open_image(file) as image:
+            with open_image(file) as image:
                 size = (image.height, image.width)
             if size != self.resolution:
                 raise UserError(
                     f"{file} has {_pixels(size)}, others have {_pixels(self.resolution)}; "
                     "crop all to one size with --image-size"
                 )
-
-
-@contextmanager
-def _open_image(file: Path) -> Iterator[Image.Image]:
-    """Open an image file; an error while it is open becomes a :class:`UserError`."""
-    try:
-        with Image.open(file) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {file} ({error}); replace or remove it") from None
 
 
 @contextmanager

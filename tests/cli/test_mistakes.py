@@ -217,6 +217,15 @@ def test_wrong_images_are_named(image_folder, tmp_path, capsys):
         assert name in fails(
             extract_features.main, extract(tmp_path / name, "--image-size", 16), capsys
         )
+    wrapped, splits = tmp_path / "images", tmp_path / "splits"
+    shutil.copytree(image_folder, splits / "data" / "train")
+    shutil.copytree(image_folder, splits / "data" / "val")
+    shutil.copytree(image_folder, wrapped / "classes")
+    for folder, meant in ((splits, "splits/data/train"), (wrapped, "images/classes")):
+        message = fails(extract_features.main, extract(folder, "--image-size", 16), capsys)
+        assert message.endswith(f" {tmp_path / meant}")
+    command = ["make-ref", splits, tmp_path / "ref.npz", "--features", "pixels"]
+    assert fails(evaluator.main, command, capsys).endswith(f" {splits / 'data' / 'train'}")
     assert "--image-size" in fails(
         extract_features.main, extract(image_folder, "--image-size", 0), capsys
     )
@@ -224,7 +233,7 @@ def test_wrong_images_are_named(image_folder, tmp_path, capsys):
         extract_features.main, extract(image_folder, "--image-size", 15), capsys
     )
     assert not (tmp_path / "out").exists()
-    copied = shutil.copytree(image_folder, tmp_path / "images")
+    copied = shutil.copytree(image_folder, tmp_path / "copied")
     truncated = next(copied.rglob("*.png"))
     truncated.write_bytes(truncated.read_bytes()[:100])
     assert str(truncated) in fails(

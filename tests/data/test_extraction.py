@@ -1,24 +1,28 @@
 """Extraction in one process and in several; the launchers are in the tests of the scripts."""
 
 import dataclasses
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import HUGE_PNG, ROOT, fails, run_script
 from extracting import arguments, extract, read_all, save_tiny_vae
 from PIL import Image
 
 import extract_features
-from edt.data.extraction import CroppedImages, Extraction, ExtractionConfig
+from edt.data.extraction import Extraction, ExtractionConfig
 from edt.data.features import sample_posterior
+from edt.data.images import CroppedImages
 from edt.data.vae import PixelVAE, load_vae
 from edt.utils.errors import UserError
 
@@ -252,17 +256,33 @@ def test_features_of_different_settings_are_refused(more, features, image_folder
     assert "was made with different settings" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_image_that_cannot_be_read_is_named_in_one_line(num_workers, image_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "num_workers", "reason"),
+    [
+        (None, 0, "image file is truncated"),
+        (None, 1, "image file is truncated"),
+        (
+            HUGE_PNG,
+            0,
+            "Image size (3600000000 pixels) exceeds limit of 178956970 pixels, "
+            "could be decompression bomb DOS attack.",
+        ),
+    ],
+    ids=["cut short", "cut short, a worker", "too large"],
+)
+def test_an_image_that_cannot_be_read_is_named_in_one_line(
+    content, num_workers, reason, image_folder, tmp_path
+):
     folder = shutil.copytree(image_folder, tmp_path / "images")
     file = folder / "bee" / "7.png"
-    os.truncate(file, 100)
+    file.write_bytes(content or file.read_bytes()[:100])
     images, config = CroppedImages(folder, 16), ExtractionConfig(image_size=16)
     extraction = Extraction(images, PixelVAE(), "pixels", tmp_path / "out", config)
     with pytest.raises(UserError) as error:
         list(extraction.run(4, num_workers))
     assert str(error.value) == (
-        f"cannot read the image {file}; replace it with a valid image and rerun, "
+        f"cannot read the image {file} ({reason}); "
+        "replace it with a valid image and rerun, "
         "or remove it and extract into a new --features-path"
     )
 
@@ -290,3 +310,143 @@ def test_every_setting_has_a_flag_of_its_default():
         assert flags[field.name] == field.default, field.name
     others = {"data_path", "features_path", "vae", "batch_size", "num_workers"}
     assert set(flags) == others | {field.name for field in dataclasses.fields(ExtractionConfig)}
+
+
+def test_grey_images_of_16_bits_have_the_features_of_8_bits(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (4, 16, 16), dtype=np.uint8)
+    for i, image in enumerate(grey):
+        for bits, values in ((8, image), (16, image.astype(np.uint16) * 257)):
+            file = tmp_path / f"images{bits}" / "ant" / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(file)
+    for bits in (8, 16):
+        extract(tmp_path / f"images{bits}", tmp_path / f"features{bits}")
+    _, expected, _ = read_all(tmp_path / "features8")
+    assert torch.equal(read_all(tmp_path / "features16")[1], expected)
+
+
+def test_names_that_are_no_text_have_features(image_folder, tmp_path, capsys):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/donn\xe9es"))
+    shutil.copytree(image_folder, folder / "images")
+    cat = folder / "images" / "cat"
+    cat.rename(cat.with_name("ch\udce4t"))
+    (folder / "images" / "bee" / "10.png").rename(folder / "images" / "bee" / "\udce910.png")
+    extract(folder / "images", folder / "out")
+    assert r"donn\udce9es/images: 40 images of 3 classes" in capsys.readouterr().out
+    features, _, labels = read_all(folder / "out")
+    assert features.info().classes == ["ant", "bee", "ch\udce4t"]
+    assert labels.bincount().tolist() == [14, 13, 13]
+    extract(folder / "images", folder / "out")  # Again: the names are compared.
+    (folder / "images" / "bee" / "\udce910.png").write_bytes(b"")
+    message = fails(extract_features.main, arguments(folder / "images", folder / "other"), capsys)
+    assert r"cannot read the image" in message and r"bee/\udce910.png" in message
+
+
+class BrokenVAE(PixelVAE):
+    """Makes a value of images that are white in the corner that is not finite."""
+
+    def __init__(self, value: float):
+        self.value = value
+
+    def encode(self, images):
+        mean, deviation = super().encode(images)
+        mean = mean.clone()
+        mean[(images[:, :, 0, 0] == 1).all(1), 0, 3, 4] = self.value
+        return mean, deviation
+
+
+@pytest.mark.parametrize(
+    ("value", "config"),
+    [
+        (float("nan"), {}),
+        (float("-inf"), {"layout": "npy"}),
+        (float("nan"), {"draw": "fresh"}),
+        (1e5, {"draw": "fresh"}),  # beyond float16
+    ],
+)
+def test_an_image_whose_features_are_not_finite_is_named(value, config, image_folder, tmp_path):
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    file = folder / "bee" / "7.png"
+    pixels = np.asarray(Image.open(file)).copy()
+    pixels[0] = 255
+    Image.fromarray(pixels).save(file)
+    images = CroppedImages(folder, 16)
+    extraction = Extraction(
+        images,
+        BrokenVAE(value),
+        "broken",
+        tmp_path / "out",
+        ExtractionConfig(image_size=16, shard_size=8, **config),
+    )
+    with pytest.raises(UserError) as error:
+        list(extraction.run(4, 0))
+    assert str(error.value) == (
+        f"the VAE broken makes NaN or infinite values of {file}; give another --vae"
+    )
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    index = images.paths.index("bee/7.png")
+    shard = index // 8 if extraction.config.layout == "packed" else index
+    assert not any(path.exists() for path in extraction._files(shard))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_shards_that_earlier_versions_wrote_with_nan_are_found(finished, image_folder, tmp_path):
+    """A finished extraction writes them again, and one that is continued names the image."""
+    extract(image_folder, tmp_path, "--shard-size", 16)
+    before = data_files(tmp_path)
+    shard = tmp_path / "shard-00001.npy"
+    values = np.load(shard)
+    values[3, 0, 5, 5] = np.nan
+    np.save(shard, values)
+    manifest = json.loads(before["manifest.json"])
+    if finished:
+        manifest["shards"][1]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        extract(image_folder, tmp_path, "--shard-size", 16)
+        assert data_files(tmp_path) == before
+        return
+    (tmp_path / "manifest.json").unlink()
+    images, config = CroppedImages(image_folder, 16), ExtractionConfig(image_size=16, shard_size=16)
+    with pytest.raises(UserError, match=f"values of {images.file(19)}; delete {shard} and"):
+        list(Extraction(images, PixelVAE(), "pixels", tmp_path, config).run(4, 0))
+
+
+def other_image(file: Path) -> None:
+    """Replace an image by another one, whose file has another size."""
+    Image.new("RGB", (16, 16)).save(file)
+
+
+@pytest.mark.parametrize("layout", ["packed", "npy"])
+@pytest.mark.parametrize("version", ["0.1", "now"])
+def test_an_image_that_was_replaced_is_noticed(layout, version, image_folder, tmp_path, capsys):
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    command = (folder, tmp_path / "out", "--layout", layout, "--shard-size", 16)
+    extract(*command)
+    if version == "0.1":  # It recorded no sizes: they are recorded when the command is repeated.
+        (tmp_path / "out" / "image_sizes.npy").unlink()
+        extract(*command)
+    other_image(folder / "bee" / "7.png")
+    message = fails(extract_features.main, arguments(*command), capsys)
+    assert f"{folder / 'bee' / '7.png'} has changed since its features were extracted" in message
+    # The message says how to extract the new image.
+    shard = re.search(r"delete (\S+) and rerun", message)[1]
+    Path(shard).unlink()
+    extract(*command)
+    extract(folder, tmp_path / "expected", "--layout", layout, "--shard-size", 16)
+    assert torch.equal(read_all(tmp_path / "out")[1], read_all(tmp_path / "expected")[1])
+    extract(*command)
+
+
+def test_a_damaged_image_may_be_replaced_before_its_shard_is_written(
+    image_folder, tmp_path, capsys
+):
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    file = folder / "bee" / "7.png"
+    os.truncate(file, 100)
+    command = (folder, tmp_path / "out", "--shard-size", 4, "--batch-size", 4)
+    assert str(file) in fails(extract_features.main, arguments(*command), capsys)
+    assert (tmp_path / "out" / "shard-00000.npy").exists()
+    other_image(file)
+    extract(*command)
+    other_image(folder / "ant" / "0.png")
+    assert "ant/0.png has changed" in fails(extract_features.main, arguments(*command), capsys)

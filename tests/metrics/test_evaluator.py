@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import run_script
-from evaluation_helpers import printed_scores, refusal
+from conftest import HUGE_PNG, run_script
+from evaluation_helpers import printed_scores, refusal, write_pngs
 
 from edt.metrics import Backend, FeatureName, PrecisionRecallMode
 from edt.utils.choices import choices
@@ -110,3 +110,29 @@ def test_reference_of_statistics_alone_is_refused(tmp_path, capsys):
     np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4))
     message = refusal(main, capsys, "make-ref", tmp_path / "s.npz", tmp_path / "ref.npz")
     assert "give images" in message
+
+
+def test_make_ref_says_which_images_it_reads(tmp_path, capsys):
+    images = random_images(0, 20)
+    write_pngs(tmp_path / "elsewhere", images[:5])
+    root = write_pngs(tmp_path / "root" / "bee", images[5:]).parent
+    (root / "ant").symlink_to(tmp_path / "elsewhere")
+    (root / "bee" / "moving.gif").touch()
+    main(["make-ref", str(root), str(tmp_path / "ref.npz"), "--features", "pixels"])
+    assert f"{root}: 20 images of 2 classes; left out: 1 .gif\n" in capsys.readouterr().err
+    np.testing.assert_array_equal(np.load(tmp_path / "ref.npz")["arr_0"], images)
+    (root / "bee").rename(root / "train")
+    (root / "ant").rename(root / "val")
+    message = refusal(main, capsys, "make-ref", root, tmp_path / "new.npz", "--features", "pixels")
+    assert message.endswith(f"(train, val); give one of them, probably {root / 'train'}")
+
+
+def test_pictures_that_cannot_be_read_end_in_one_line(tmp_path, capsys):
+    folder = write_pngs(tmp_path / "images", random_images(0, 4))
+    (folder / "bomb.png").write_bytes(HUGE_PNG)
+    for argument in ([], ["--image-size", "8"]):
+        command = (folder, folder, "--features", "pixels", *argument)
+        message = refusal(main, capsys, *command)
+        assert f"cannot read the image {folder / 'bomb.png'} (Image size" in message
+    (folder / "bomb.png").rename(folder / "\udce9.png")
+    assert r"\udce9.png" in refusal(main, capsys, *command)

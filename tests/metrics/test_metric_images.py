@@ -1,13 +1,16 @@
 """Image sets: the same images from every kind of file, and refusal of files that are no images."""
 
 import io
+import os
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 from evaluation_helpers import write_pngs
 from PIL import Image
 
+from edt.data.images import CroppedImages
 from edt.metrics.images import ArrayImages, FolderImages, ImageSet, NpzImages
 from edt.utils.errors import UserError
 
@@ -146,3 +149,38 @@ def test_damaged_picture_is_named(tmp_path):
     (tmp_path / "damaged.png").write_bytes((tmp_path / "000.png").read_bytes()[:60])
     with pytest.raises(UserError, match="damaged.png"):
         read(FolderImages(tmp_path))
+
+
+def test_grey_pictures_of_16_bits_are_those_of_8_bits(tmp_path):
+    write_pngs(tmp_path / "8", IMAGES[..., 0])
+    write_pngs(tmp_path / "16", IMAGES[..., 0].astype(np.uint16) * 257)
+    np.testing.assert_array_equal(
+        read(FolderImages(tmp_path / "16")), read(FolderImages(tmp_path / "8"))
+    )
+    Image.fromarray(IMAGES[0, ..., 0].astype(np.float32)).save(tmp_path / "8" / "depth.tif")
+    with pytest.raises(UserError, match=r"depth\.tif \(mode F"):
+        read(FolderImages(tmp_path / "8"))
+
+
+def test_evaluation_sees_the_images_of_training(tmp_path):
+    write_pngs(tmp_path / "elsewhere", IMAGES[:5])
+    root = write_pngs(tmp_path / "root" / "bee", IMAGES[5:]).parent
+    (root / "ant").symlink_to(tmp_path / "elsewhere")
+    (root / "ant" / "up").symlink_to(root)
+    for hidden in (root / ".cache", root / "bee" / ".ipynb_checkpoints", root / "__MACOSX" / "bee"):
+        write_pngs(hidden, IMAGES[:3])
+    (root / "bee" / "._000.png").write_bytes(b"\0")
+    evaluated, trained = FolderImages(root), CroppedImages(root, 8)
+    np.testing.assert_array_equal(read(evaluated), IMAGES)
+    pixels = torch.stack([image for _, image in trained]).permute(0, 2, 3, 1)
+    np.testing.assert_array_equal(((pixels + 1) * 127.5).round().byte().numpy(), IMAGES)
+    assert trained.labels.tolist() == [0] * 5 + [1] * 15
+
+
+def test_a_picture_whose_name_is_no_text_is_read(tmp_path):
+    write_pngs(tmp_path, IMAGES)
+    before = FolderImages(tmp_path).sha256()
+    (tmp_path / "019.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    images = FolderImages(tmp_path)
+    np.testing.assert_array_equal(read(images), IMAGES)
+    assert images.sha256() == images.sha256() != before
