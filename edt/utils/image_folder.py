@@ -162,27 +162,29 @@ def list_images(root: str | Path) -> ImageFolder:
     images: dict[str, list[str]] = {}
     classes: list[str] = []
     left_out: collections.Counter[str] = collections.Counter()
-    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    # Folders to list: their paths below the root, and without links their own and those above.
+    pending: list[tuple[str, str, frozenset[str]]] = [("", os.path.realpath(root), frozenset())]
     while pending:
-        path, ancestors = pending.pop()
+        path, real_path, ancestors = pending.pop()
+        if real_path in ancestors:
+            continue  # A link leads back up, to images that are listed there.
         try:
-            identity = os.stat(root / path)
             with os.scandir(root / path) as scan:
                 entries = [entry for entry in scan if not _is_hidden(entry.name)]
         except OSError as error:
             raise UserError(f"cannot list {root / path} ({error.strerror})") from None
-        key = identity.st_dev, identity.st_ino
-        if key in ancestors:
-            continue  # A link leads back up, to images that are listed there.
         if path and "/" not in path:
             classes.append(path)
         names = []
         for entry in entries:
-            if entry.is_symlink() and not os.path.exists(entry.path):
+            is_link = entry.is_symlink()
+            if is_link and not os.path.exists(entry.path):
                 raise UserError(f"{entry.path} is a link that leads nowhere; repair or remove it")
             if entry.is_dir():
-                pending.append((os.path.join(path, entry.name), ancestors | {key}))
-            elif entry.name.lower().endswith(IMAGE_ENDINGS):
+                inner = os.path.join(real_path, entry.name)
+                inner = os.path.realpath(inner) if is_link else inner
+                pending.append((os.path.join(path, entry.name), inner, ancestors | {real_path}))
+            elif entry.name.lower().endswith(IMAGE_ENDINGS) and entry.is_file():
                 names.append(entry.name)
             else:
                 left_out[os.path.splitext(entry.name)[1].lower() or "without an ending"] += 1

@@ -46,9 +46,14 @@ def test_links_are_followed_and_end(tmp_path):
     (root / "loop").symlink_to(root)
     (root / "ant" / "more" / "up").symlink_to(root / "ant")
     (tmp_path / "elsewhere" / "bees" / "self").symlink_to(".")
+    make(tmp_path / "shared", "dogs/6.png")
+    (tmp_path / "shared" / "dogs" / "up").symlink_to("../..")
+    (root / "dog").symlink_to(tmp_path / "shared" / "dogs")
     paths, labels = list_images(root).labelled_paths()
-    assert paths == ["ant/1.png", "ant/more/2.png", "bee/3.png", "cat/5.png"]
-    assert labels.tolist() == [0, 0, 1, 2]
+    # dog/up is the folder that holds root: its other folders are listed, and root not again.
+    others = ["dog/6.png", "dog/up/elsewhere/4.png", "dog/up/elsewhere/bees/3.png"]
+    assert paths == ["ant/1.png", "ant/more/2.png", "bee/3.png", "cat/5.png", *others]
+    assert labels.tolist() == [0, 0, 1, 2, 3, 3, 3]
     assert list_images(root).paths() == paths
 
 
@@ -81,9 +86,10 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert list_images(root).describe() == (
         f"{root}: 2 images of 2 classes; left out: 3 .gif, 2 .txt, 1 .csv, 1 without an ending"
     )
+    os.mkfifo(root / "ant" / "pipe.png")  # Opening it would wait for a writer.
     make(root, *(f"x.{ending}" for ending in "abc"), "1.png")
     assert list_images(root).describe() == (
-        f"{root}: 3 images; left out: 3 .gif, 2 .txt, 1 .a, 1 .b, 1 .c, 2 others"
+        f"{root}: 3 images; left out: 3 .gif, 2 .txt, 1 .a, 1 .b, 1 .c, 3 others"
     )
 
 
