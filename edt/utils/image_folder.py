@@ -162,7 +162,7 @@ def list_images(root: str | Path) -> ImageFolder:
     images: dict[str, list[str]] = {}
     classes: list[str] = []
     left_out: collections.Counter[str] = collections.Counter()
-    # Folders to list: their paths below the root, and without links their own and those above.
+    # Folders to list: the path below the root, the real path, the real paths of those above.
     pending: list[tuple[str, str, frozenset[str]]] = [("", os.path.realpath(root), frozenset())]
     while pending:
         path, real_path, ancestors = pending.pop()
@@ -204,10 +204,10 @@ def _are_splits(names: list[str], nested: bool) -> bool:
         names: of the folders.
         nested: whether one of them has images in sub-folders.
     """
-    # "train2017" is one; a vehicle data set may have one class "train".
-    if sum(name.lower().rstrip("0123456789_-") in SPLITS for name in names) > 1:
+    # COCO has "train2017" and "val2017". A data set of vehicles may have a class "train".
+    if len(SPLITS & {name.lower().rstrip("0123456789_-") for name in names}) > 1:
         return True
-    # "ILSVRC2012_img_train" is one if it has sub-folders; "bullet_train" is a class.
+    # ImageNet has "ILSVRC2012_img_train" with sub-folders. "bullet_train" without them is a class.
     return nested and all(SPLITS & set(re.findall("[a-z]+", name.lower())) for name in names)
 
 

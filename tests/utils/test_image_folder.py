@@ -167,6 +167,7 @@ def test_a_folder_around_the_class_folders_is_refused(paths, meant, tmp_path):
         ("all/1.png", "all/more/2.png"),
         ("train/1.png", "car/2.png"),
         ("train/1.png",),
+        ("test1/1.png", "test2/2.png"),
         ("bullet_train/1.png", "test_tube/2.png"),
         ("train/steam/1.png", "car/red/2.png"),
     ],
