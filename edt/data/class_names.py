@@ -1,7 +1,10 @@
 """Classes by index or by name."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+import functools
+import itertools
+import unicodedata
+from collections.abc import Sequence
 
 from edt.utils.errors import UserError
 
@@ -32,39 +35,98 @@ def class_names(num_classes: int, folders: Sequence[str] | None) -> list[list[st
 def find_class(text: str, names: Sequence[Sequence[str]]) -> int:
     """The index of the class that ``text`` means.
 
+    Folders may be named by numbers. A number that is the index of one class and the name of
+    another is refused, since the user could mean either.
+
     Args:
-        text: a class's index, or one of its names in any case.
+        text: a class's index, or one of its names in any case. "index:2" is always an index,
+            "name:2" always a name.
         names: the names of every class, from :func:`class_names`.
 
     Raises:
-        UserError: no class has this index or name, or several classes have this name.
+        UserError: no class has this index or name, or several classes have it.
     """
-    indices_of_name: dict[str, list[int]] = {}
-    for index, class_synonyms in enumerate(names):
-        for name in class_synonyms:
-            indices_of_name.setdefault(name.casefold(), []).append(index)
-    query = text.strip().casefold()
-    # A number is an index wherever it can be one. Beyond the last class it may be a folder's name.
-    if query.isdecimal() and int(query) < len(names):
-        return int(query)
-    indices = indices_of_name.get(query, [])
-    if len(indices) == 1:
-        return indices[0]
-    if indices:
-        numbers = ", ".join(map(str, indices))
-        raise UserError(f"{text!r} is the name of classes {numbers}; give one of these numbers")
+    if text.startswith("index:"):
+        return _class_of_index(text.removeprefix("index:"), names)
+    if text.startswith("name:"):
+        return _class_of_name(text.removeprefix("name:"), names)
+    named = _classes_named(text, names)
+    # "007", or a number beyond the last class, is spelt like no index. A folder's name may be.
+    indices = map(str, range(len(names)))
+    if not _is_number(text) or (named and text.strip() not in indices):
+        return _class_of_name(text, names)
+    index = _class_of_index(text, names)
+    others = [other for other in named if other != index]
+    if others:
+        raise UserError(
+            f"class {text!r} is ambiguous: {names[index][0]!r} has this number and class "
+            f"{others[0]} has this name; give index:{index} or name:{text.strip()}"
+        )
+    return index
+
+
+def find_classes(text: str, names: Sequence[Sequence[str]]) -> list[int]:
+    """The indices of the classes in a list such as "cat,207".
+
+    A class whose name holds a comma can be given alone.
+
+    Args:
+        text: classes with commas between them, each as :func:`find_class` takes it.
+        names: the names of every class, from :func:`class_names`.
+
+    Raises:
+        UserError: no class has one of the indices or names, or several classes have it.
+    """
+    is_one_name = bool(_classes_named(text.removeprefix("name:"), names))
+    return [find_class(part, names) for part in ([text] if is_one_name else text.split(","))]
+
+
+def _class_of_index(text: str, names: Sequence[Sequence[str]]) -> int:
     last = len(names) - 1
-    if query.removeprefix("-").isdecimal():
+    if not _is_number(text):
+        raise UserError(f"{text!r} is no index of a class; give a number from 0 to {last}")
+    if int(text) not in range(len(names)):
         raise UserError(f"class {text} is outside the model's classes, 0 to {last}")
-    similar = _similar_names(query, indices_of_name)
+    return int(text)
+
+
+def _class_of_name(text: str, names: Sequence[Sequence[str]]) -> int:
+    named = _classes_named(text, names)
+    if len(named) == 1:
+        return named[0]
+    if named:
+        numbers = ", ".join(map(str, named))
+        raise UserError(f"{text!r} is the name of classes {numbers}; give one of these numbers")
+    similar = _similar_names(_fold(text), [_fold(name) for name in itertools.chain(*names)])
     if similar:
         raise UserError(f"no class is named {text!r}; did you mean {', '.join(similar)}?")
+    last = len(names) - 1
     raise UserError(f"no class is named {text!r}; give a name, or a number from 0 to {last}")
 
 
-def _similar_names(query: str, names: Iterable[str]) -> list[str]:
+def _is_number(text: str) -> bool:
+    return text.strip().removeprefix("-").isdecimal()
+
+
+def _classes_named(text: str, names: Sequence[Sequence[str]]) -> list[int]:
+    """The classes with exactly this name or, if there are none, with this name in any case."""
+    for spelling in (str, _fold):
+        name = spelling(text)
+        classes = [i for i, synonyms in enumerate(names) if name in map(spelling, synonyms)]
+        if classes:
+            return classes
+    return []
+
+
+@functools.cache
+def _fold(name: str) -> str:
+    """A name without what comparisons ignore: case, outer spaces, and how accents are encoded."""
+    return unicodedata.normalize("NFC", name.strip().casefold())
+
+
+def _similar_names(query: str, names: Sequence[str]) -> list[str]:
     """At most three names that are spelt like the query or, if there are none, contain it."""
-    spelt_alike = difflib.get_close_matches(query, list(names), n=3)
+    spelt_alike = difflib.get_close_matches(query, names, n=3)
     return spelt_alike or [name for name in names if query in name][:3]
 
 
