@@ -94,7 +94,7 @@ def read_weights(path: str | Path, weights: WeightsKind = "ema") -> Weights:
         weights: "ema" or "model".
 
     Raises:
-        UserError: the checkpoint cannot be read.
+        UserError: the checkpoint cannot be read, or weights are NaN or infinite.
     """
     check_choice("weights", weights, WeightsKind)
     file, sha256 = _find_weights_file(Path(path), weights)
@@ -105,6 +105,7 @@ def read_weights(path: str | Path, weights: WeightsKind = "ema") -> Weights:
             document = read_json(file.with_name("config.json"))
     else:
         tensors = read_release_weights(file, weights)
+    _check_finite(tensors, file)
     features = FeatureInfo.from_dict(document.get("features", {}))
     if "model" in document:
         config = read_config(document["model"])
@@ -159,6 +160,16 @@ def _sha256_with_warning(file: Path) -> str:
                 MANIFEST,
             )
     return sha256
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Raise a UserError if weights are NaN or infinite. Every image would be, too."""
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{file}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity, {broken[0]} "
+            "first; give an earlier checkpoint, or a new copy of the file"
+        )
 
 
 def _check_shapes(tensors: dict[str, torch.Tensor], config: EDTConfig, title: str) -> None:

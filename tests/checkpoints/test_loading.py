@@ -1,6 +1,7 @@
 """Models from run folders and checkpoint folders: which file is read, and what is verified."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -11,7 +12,7 @@ import torch
 from conftest import run_script, update_manifest
 from safetensors.torch import load_file, save_file
 
-from edt.checkpoints.loading import load_model
+from edt.checkpoints.loading import load_model, read_weights
 from edt.utils.errors import UserError
 
 # The bytes that load_model reads. The model is loaded once before, so that its imports are done.
@@ -110,6 +111,24 @@ def test_a_damaged_ema_gives_way_to_the_checkpoint_before(run_of_two, caplog):
     damage(before / "ema.safetensors")
     with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
         load_model(run_of_two)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_that_are_not_finite_are_named_at_loading(value, suffix, run_folder, tmp_path):
+    weights = load_file(run_folder / "checkpoints" / "0000002" / "ema.safetensors")
+    for name in ("x_embedder.proj.weight", "blocks.1.mlp.fc1.bias"):
+        weights[name].view(-1)[-1] = value
+    file = tmp_path / f"broken{suffix}"
+    if suffix == ".pt":
+        torch.save({"ema": weights}, file)
+    else:
+        save_file(weights, file)
+    message = rf"{file}: 2 of {len(weights)} tensors hold NaN or infinity, .*(x_emb|blocks\.1)"
+    with pytest.raises(UserError, match=message):
+        load_model(file)
+    with pytest.raises(UserError, match=message):
+        read_weights(file)  # what --init-from reads
 
 
 def test_a_damaged_optimizer_does_not_matter_for_sampling(run_of_two, caplog):
