@@ -2,7 +2,10 @@
 
 import sys
 
-from edt.cli.draw import main, parser
+from edt.cli.main import exit_on_user_error
+
+with exit_on_user_error():  # the imports take seconds, in which Ctrl-C can be pressed
+    from edt.cli.draw import main, parser
 
 __all__ = ["main", "parser"]
 

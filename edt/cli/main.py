@@ -3,17 +3,21 @@
 import contextlib
 import errno
 import io
+import signal
 import sys
 from collections.abc import Iterator
 
 from edt.utils.errors import UserError
 
+INTERRUPTED = "interrupted; finished files are complete, and the same command continues from them"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Print a :class:`UserError`, or a full disk, as one line and exit with code 2.
+
+    Ctrl-C prints one line, too. Its exit code is 130, as in shells.
 
     A script's ``main`` carries it as a decorator, ``@exit_on_user_error()``.
     """
@@ -26,6 +30,9 @@ def exit_on_user_error() -> Iterator[None]:
         return
     except UserError as error:
         message = str(error)
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
