@@ -1,11 +1,19 @@
 """Images side by side."""
 
+import functools
+import importlib.util
+import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 FONT_PIXELS, CAPTION_PIXELS = 14, 20  # height of the letters, and of the strip that holds them
+# Fonts with more letters than Pillow's own, which has ASCII only. They are used where installed.
+FONT_FILES = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "arialuni.ttf")
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def make_grid(images: torch.Tensor, gap: int = 2) -> torch.Tensor:
@@ -52,12 +60,52 @@ def make_captioned_grid(
     header_pixels = CAPTION_PIXELS if column_captions else 0
     header = torch.full((header_pixels, *strips[0].shape[1:]), 255, dtype=torch.uint8)
     picture = Image.fromarray(torch.cat([header, *strips]).numpy())
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_PIXELS)
+    draw = ImageDraw.Draw(picture)
     for i, caption in enumerate(column_captions):
-        draw.text((gap + i * (images.shape[3] + gap), gap), caption, "black", font)
+        _draw_caption(draw, (gap + i * (images.shape[3] + gap), gap), caption)
     for i, caption in enumerate(row_captions):
-        draw.text((gap, header_pixels + i * len(strips[0]) + gap), caption, "black", font)
+        _draw_caption(draw, (gap, header_pixels + i * len(strips[0]) + gap), caption)
     return picture
+
+
+def _draw_caption(draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str) -> None:
+    """Draw a text in the font that has most of its letters; the others as Python escapes them."""
+    text = unicodedata.normalize("NFC", text)
+    fonts = _fonts()
+    missing = [[letter for letter in text if not _has_letter(font, letter)] for font in fonts]
+    font, absent = min(zip(fonts, missing, strict=True), key=lambda pair: len(pair[1]))
+    for letter in absent:
+        text = text.replace(letter, letter.encode("ascii", "backslashreplace").decode())
+    draw.text(position, text, "black", font)
+
+
+@functools.cache
+def _fonts() -> list[Font]:
+    """Pillow's own font, then those of FONT_FILES that are installed or come with matplotlib."""
+    fonts: list[Font] = [ImageFont.load_default(FONT_PIXELS)]
+    matplotlib = importlib.util.find_spec("matplotlib")
+    files = [*FONT_FILES]
+    if matplotlib is not None and matplotlib.origin is not None:
+        files.append(str(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"))
+    for file in files:
+        try:
+            fonts.append(ImageFont.truetype(file, FONT_PIXELS))
+        except OSError:
+            continue  # it is not installed
+    return fonts
+
+
+@functools.cache
+def _has_letter(font: Font, letter: str) -> bool:
+    """Whether a font draws a letter, and not the box that stands for all letters it lacks."""
+    if letter.isascii():
+        return True
+    # A surrogate stands for a byte of a file name that is not UTF-8. A Pillow without FreeType has
+    # a bitmap font.
+    if unicodedata.category(letter) == "Cs" or isinstance(font, ImageFont.ImageFont):
+        return False
+    mask, box = font.getmask(letter), font.getmask("\uffff")
+    return (mask.size, bytes(mask)) != (box.size, bytes(box))
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

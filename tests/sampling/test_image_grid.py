@@ -1,5 +1,8 @@
+import pytest
 import torch
+from PIL import ImageFont
 
+from edt.sampling import image_grid
 from edt.sampling.image_grid import difference, make_captioned_grid, make_grid
 
 
@@ -25,6 +28,23 @@ def test_captioned_grid_scales_small_images_up_and_leaves_large_ones():
     assert picture.getpixel((left + 2, top + 2)) == tuple(small[0, 1, 0, 0])
     unscaled = make_captioned_grid(small, ["1", "2"], min_side=4)
     assert unscaled.size == (3 * 6 + 2, 2 * (20 + 8))
+
+
+def caption_pixels(caption: str) -> bytes:
+    """The strip with the caption of a row."""
+    picture = make_captioned_grid(torch.zeros(1, 2, 128, 128, 3, dtype=torch.uint8), [caption])
+    return picture.crop((0, 0, picture.width, 20)).tobytes()
+
+
+@pytest.mark.parametrize("fonts", ["those installed", "Pillow's"])
+def test_captions_keep_letters_beyond_ascii(fonts, monkeypatch):
+    if fonts == "Pillow's":
+        monkeypatch.setattr(image_grid, "_fonts", lambda: [ImageFont.load_default(14)])
+    names = ["caf", "café", "cafà", "Кот", "Код", "犬", "猫", "\udce9", "\udcea", "cafe\u0301"]
+    strips = [caption_pixels(f"0 {name}") for name in names]
+    assert strips[-1] == strips[1]  # the same letter, encoded differently
+    assert len(set(strips)) == len(names) - 1
+    assert caption_pixels("0 \udce9") == caption_pixels(r"0 \udce9")
 
 
 def test_difference_is_grey_where_images_agree():
