@@ -35,7 +35,7 @@ class Sampler:
         *,
         guidance_scale: Callable[[int], float] | None = None,
         noise_at: NoiseAt | None = None,
-        progress: bool = False,
+        bar: tqdm | None = None,
     ) -> torch.Tensor:
         """Sample clean latents, (B, C, ...).
 
@@ -46,17 +46,18 @@ class Sampler:
             guidance_scale: the scale at a timestep, e.g. a GuidanceSchedule. If given, every call
                 of the model receives it as ``cfg_scale``.
             noise_at: noise of each loop step; None draws from torch's global generator.
-            progress: show a progress bar over the steps.
+            bar: a progress bar that counts latents. Each step advances it by its part of them.
         """
         self.reset()
         kwargs = dict(model_kwargs or {})
-        bar = tqdm(self.timesteps, desc="denoising", leave=False, disable=not progress)
-        for i, timestep in enumerate(bar, start=1):
+        for i, timestep in enumerate(self.timesteps, start=1):
             if guidance_scale is not None:
                 kwargs["cfg_scale"] = guidance_scale(timestep)
             t = torch.full((len(x),), timestep, dtype=torch.long, device=x.device)
             output = model(x, t, **kwargs)
             x = self.update(output, x, i, noise_at)
+            if bar is not None:
+                bar.update(len(x) / len(self.timesteps))
         return x
 
     def reset(self) -> None:

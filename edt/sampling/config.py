@@ -1,6 +1,7 @@
 """The settings that an image depends on, apart from the weights and its index."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,6 +13,8 @@ from edt.utils.choices import check_fields
 from edt.utils.errors import UserError
 from edt.utils.randomness import integers
 
+logger = logging.getLogger(__name__)
+
 GuidanceChannels = Literal["3", "all"]
 GUIDANCE_CHANNELS: dict[GuidanceChannels, str] = {
     "3": "the first 3 of 4, as in the release (every channel if there are not 4)",
@@ -20,7 +23,7 @@ GUIDANCE_CHANNELS: dict[GuidanceChannels, str] = {
 LABEL_POLICIES = {
     "uniform": "at random (the paper's way)",
     "balanced": "image i has class i mod K, for K classes",
-    "207,360": "a list of class indices, repeated in this order",
+    "null": "the null class, which is unconditional sampling",
 }
 
 
@@ -39,7 +42,7 @@ class SamplingConfig:
     precision: Precision = "tf32"
     """See edt.nn.precision.PRECISIONS. The state of the sampler is always float32."""
     labels: str = "uniform"
-    """See LABEL_POLICIES."""
+    """See LABEL_POLICIES; or "207,360", classes in turn."""
     cfg_channels: GuidanceChannels = "3"
     """See GUIDANCE_CHANNELS."""
     cfg_interval: tuple[int, int] | None = None
@@ -51,7 +54,34 @@ class SamplingConfig:
             raise UserError("--num-sampling-steps is empty; give a number such as 250")
         # The next two lines raise a UserError if the fields cannot be combined.
         _ = self.guidance
-        create_sampler(self.solver, self.num_sampling_steps)
+        timesteps = create_sampler(self.solver, self.num_sampling_steps).timesteps
+        self._warn_of_guidance_without_effect(timesteps)
+
+    def _warn_of_guidance_without_effect(self, timesteps: Sequence[int]) -> None:
+        """Warn of guidance that was asked for and changes no image.
+
+        Args:
+            timesteps: those that the sampler visits.
+        """
+        guided = [timestep for timestep in timesteps if self.guidance(timestep) != 1]
+        if self.labels == "null" and self.cfg_scale != 1:
+            logger.warning(
+                "--cfg-scale %g has no effect: the label is the null class", self.cfg_scale
+            )
+        elif self.cfg_interval is not None and self.cfg_scale == 1:
+            logger.warning("--cfg-interval has no effect: --cfg-scale is 1, which is no guidance")
+        elif self.cfg_interval is not None and not guided:
+            low, high = self.cfg_interval
+            below, above = ([t for t in timesteps if t < low], [t for t in timesteps if t > high])
+            nearest = [*map(str, below[:1]), *map(str, above[-1:])]  # timesteps fall
+            logger.warning(
+                "--cfg-interval %d %d has no effect: it holds none of the %d timesteps that the "
+                "sampler visits; nearest: %s",
+                low,
+                high,
+                len(timesteps),
+                " and ".join(nearest),
+            )
 
     @property
     def guidance(self) -> GuidanceSchedule:
@@ -72,8 +102,8 @@ class SamplingConfig:
         Raises:
             UserError: the labels cannot be read, or a class is outside the model's.
         """
-        if num_classes == 0:
-            return torch.zeros_like(indices)
+        if self.labels == "null" or num_classes == 0:
+            return torch.full_like(indices, num_classes)
         if self.labels == "uniform":
             return integers(self.seed, "labels", 0, indices, num_classes)
         if self.labels == "balanced":
@@ -82,15 +112,19 @@ class SamplingConfig:
             classes = torch.tensor([int(part) for part in self.labels.split(",")])
         except ValueError:
             raise UserError(
-                f"cannot read labels {self.labels!r}; give uniform, balanced or e.g. 207,360"
+                f"cannot read labels {self.labels!r}; give uniform, balanced, null or e.g. 207,360"
             ) from None
-        check_classes(classes.tolist(), num_classes)
+        check_labels(classes, num_classes)
         return classes[indices % len(classes)]
 
 
-def check_classes(classes: Sequence[int], num_classes: int) -> None:
-    """Raise a UserError if a class is outside the model's."""
+def check_labels(labels: torch.Tensor, num_classes: int) -> None:
+    """Raise a UserError if labels are not (n,) integers, or one is outside the model's classes."""
+    if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise UserError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}; give an integer per image"
+        )
     last = max(num_classes, 1) - 1
-    for label in classes:
+    for label in labels.tolist():
         if not 0 <= label <= last:
             raise UserError(f"class {label} is outside the model's classes, 0 to {last}")

@@ -6,15 +6,16 @@ sampled in make no difference.
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from tqdm.auto import tqdm
 
 from edt.data.vae import VAE, to_uint8
 from edt.diffusion import create_sampler
 from edt.nn.precision import autocast, set_matmul_precision
 from edt.nn.transformer import DiffusionTransformer
-from edt.sampling.config import SamplingConfig, check_classes
+from edt.sampling.config import SamplingConfig, check_labels
 from edt.utils.errors import UserError
 from edt.utils.randomness import ImageNoise
 
@@ -36,7 +37,7 @@ def generate(
     batch_size: int,
     *,
     labels: torch.Tensor | None = None,
-    progress: bool = False,
+    progress: bool | tqdm = False,
 ) -> Iterator[SampleBatch]:
     """Sample images, one batch at a time.
 
@@ -47,21 +48,39 @@ def generate(
         indices: the images, (n,) int64.
         batch_size: images that go through the model at once.
         labels: their labels, (n,); None follows ``config.labels``.
-        progress: show a bar over the denoising steps of each batch.
+        progress: show a bar, or advance this one of :func:`image_bar`.
 
     Raises:
-        UserError: a label is outside the model's classes; an image is not finite, and the message
-            names it.
+        UserError: the labels are not one integer per image, or one is outside the model's classes;
+            an image is not finite, and the message names it.
     """
     if labels is None:
         labels = config.labels_of(indices, model.num_classes)
-    check_classes(labels.tolist(), model.num_classes)
+    else:
+        labels = _checked_labels(labels, len(indices), model.num_classes)
+    if not isinstance(progress, bool):
+        yield from _generate(model, vae, config, indices, labels, batch_size, progress)
+        return
+    with image_bar(len(indices), disable=not progress) as bar:
+        yield from _generate(model, vae, config, indices, labels, batch_size, bar)
+
+
+def _generate(
+    model: DiffusionTransformer,
+    vae: VAE,
+    config: SamplingConfig,
+    indices: torch.Tensor,
+    labels: torch.Tensor,
+    batch_size: int,
+    bar: tqdm,
+) -> Iterator[SampleBatch]:
+    """:func:`generate` with checked labels and a bar."""
     device = next(model.parameters()).device
     stream = _decoder_stream(device) if device.type == "cuda" else None
     decoding: _Decoding | None = None
     for start in range(0, len(indices), batch_size):
         rows = slice(start, start + batch_size)
-        latents = sample_latents(model, config, indices[rows], labels[rows], progress)
+        latents = sample_latents(model, config, indices[rows], labels[rows], bar)
         previous = decoding
         decoding = _decode(vae, indices[rows], labels[rows], latents, stream)
         # On a GPU the caller writes the previous batch while this one is still decoded. A CPU has
@@ -75,12 +94,40 @@ def generate(
         yield decoding.finish()
 
 
+def image_bar(total: int, **options: Any) -> tqdm:
+    """A progress bar that counts images and moves at every step of the sampler.
+
+    Args:
+        total: number of images.
+        options: of tqdm.
+    """
+    # The part of the images that the steps amount to is a fraction; it is shown without decimals.
+    counts = "{n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    # A log file gets a line of every refresh.
+    return tqdm(
+        total=total,
+        unit="images",
+        bar_format=f"{{l_bar}}{{bar}}| {counts}",
+        mininterval=0.5,
+        **options,
+    )
+
+
+def _checked_labels(labels: torch.Tensor, count: int, num_classes: int) -> torch.Tensor:
+    """Labels that a caller gave, checked, (count,) int64."""
+    labels = torch.as_tensor(labels)
+    check_labels(labels, num_classes)
+    if len(labels) != count:
+        raise UserError(f"{len(labels)} labels do not fit {count} images; give a label per image")
+    return labels.long()
+
+
 def sample_latents(
     model: DiffusionTransformer,
     config: SamplingConfig,
     indices: torch.Tensor,
     labels: torch.Tensor,
-    progress: bool = False,
+    bar: tqdm | None = None,
 ) -> torch.Tensor:
     """Sample latents, (n, C, S, S) on the model's device.
 
@@ -89,7 +136,7 @@ def sample_latents(
         config: how to sample.
         indices: the images, (n,) int64.
         labels: their labels, (n,) int64.
-        progress: show a bar over the denoising steps.
+        bar: a progress bar of :func:`image_bar` to advance.
     """
     side, device = model.config.input_size, next(model.parameters()).device
     noise = ImageNoise(config.seed, indices, (model.in_channels, side, side), device)
@@ -106,7 +153,7 @@ def sample_latents(
             model_kwargs,
             guidance_scale=config.guidance,
             noise_at=noise,
-            progress=progress,
+            bar=bar,
         )
 
 
@@ -133,8 +180,11 @@ class _Decoding(NamedTuple):
             self.done.synchronize()
         if not self.finite.all():
             broken = self.batch.indices[~self.finite].tolist()
+            rest = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
             raise UserError(
-                f"images {broken} are not finite; check the weights, or try --precision fp32"
+                f"images {broken[:8]}{rest} are not finite; check the weights of model and "
+                "VAE, or try "
+                "--precision fp32"
             )
         return self.batch
 

@@ -1,15 +1,19 @@
 import copy
+import io
 
 import golden_rule
+import numpy as np
 import pytest
 import torch
 
-from edt.data.vae import PixelVAE
+from edt.data.vae import PixelVAE, to_uint8
+from edt.diffusion import create_sampler
 from edt.nn.precision import round_weights
 from edt.registry import create_model
 from edt.sampling.config import SamplingConfig
-from edt.sampling.generate import generate
+from edt.sampling.generate import generate, image_bar
 from edt.utils.errors import UserError
+from edt.utils.randomness import ImageNoise
 
 
 def create_tiny_model():
@@ -66,6 +70,55 @@ def test_given_labels_replace_those_of_the_configuration(model):
         next(generate(model, PixelVAE(), config, indices, 2, labels=torch.tensor([0, 5, 0])))
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 5, 0]), "class 5 is outside the model's classes, 0 to 4"),
+        (torch.tensor([0, -1, 0]), "class -1 is outside"),
+        ([0, 1, 7], "class 7 is outside"),
+        (torch.tensor([1]), "1 labels do not fit 3 images"),
+        (torch.tensor([0, 1, 2, 3]), "4 labels do not fit 3 images"),
+        (torch.tensor([[0], [1], [2]]), r"of shape \(3, 1\); give an integer per image"),
+        (torch.tensor(2), r"of shape \(\); give an integer per image"),
+        (torch.tensor([0.0, 1.0, 1.7]), "labels are torch.float32"),
+        (torch.tensor([True, False, True]), "labels are torch.bool"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(labels, message, model):
+    config = SamplingConfig(num_sampling_steps="2")
+    with pytest.raises(UserError, match=message):
+        next(generate(model, PixelVAE(), config, torch.arange(3), 2, labels=labels))
+
+
+@pytest.mark.parametrize("labels", [[4, 1, 1], np.array([4, 1, 1], np.uint8)])
+def test_labels_can_be_a_list_or_an_array(labels, model):
+    config = SamplingConfig(num_sampling_steps="2")
+    (batch,) = generate(model, PixelVAE(), config, torch.arange(3), 3, labels=labels)
+    assert batch.labels.tolist() == [4, 1, 1]
+
+
+def test_null_labels_draw_what_the_model_draws_without_labels(model):
+    config = SamplingConfig(num_sampling_steps="3", labels="null")
+    drawn = draw(model, config, [0, 1, 2], 3)
+    noise = ImageNoise(config.seed, torch.arange(3), (3, 8, 8), torch.device("cpu"))
+    latents = create_sampler("ddpm", "3").sample(model, noise(0), noise_at=noise)
+    expected = to_uint8(PixelVAE().decode(latents))
+    assert torch.equal(torch.stack([image for image, _ in drawn.values()]), expected)
+    assert [label for _, label in drawn.values()] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "unipc"])
+def test_the_bar_moves_at_every_step(solver, model):
+    config = SamplingConfig(num_sampling_steps="4", solver=solver)
+    counts = []
+    with image_bar(12, initial=8, file=io.StringIO()) as bar:
+        handle = model.register_forward_pre_hook(lambda module, inputs: counts.append(bar.n))
+        list(generate(model, PixelVAE(), config, torch.arange(4), 2, progress=bar))
+        handle.remove()
+        assert counts == [8, 8.5, 9, 9.5, 10, 10.5, 11, 11.5]
+        assert bar.n == 12
+
+
 def test_images_that_are_not_finite_are_named():
     broken = create_tiny_model().eval()
     with torch.no_grad():
@@ -73,6 +126,9 @@ def test_images_that_are_not_finite_are_named():
     config = SamplingConfig(num_sampling_steps="2", labels="balanced")
     with pytest.raises(UserError, match=r"images \[12\] are not finite"):
         draw(broken, config, [10, 12, 13], 3)
+    config = SamplingConfig(num_sampling_steps="1", labels="2")
+    with pytest.raises(UserError, match=r"images \[0, 1, .*, 7\] and 12 more are not finite"):
+        draw(broken, config, list(range(20)), 20)
 
 
 def test_rounded_weights_draw_the_same_images(model):

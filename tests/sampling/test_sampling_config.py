@@ -24,13 +24,48 @@ def test_a_model_without_classes_has_the_label_0():
     assert SamplingConfig().labels_of(torch.arange(5), 0).tolist() == [0] * 5
 
 
+def test_the_null_class_is_a_label_policy():
+    config = SamplingConfig(labels="null")
+    assert config.labels_of(torch.arange(3), 10).tolist() == [10, 10, 10]
+    assert config.labels_of(torch.arange(3), 0).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"num_sampling_steps": "4", "cfg_scale": 4.0, "cfg_interval": (998, 998)},
+            "--cfg-interval 998 998 has no effect: it holds none of the 4 timesteps that the "
+            "sampler visits; nearest: 666 and 999",
+        ),
+        (
+            {
+                "num_sampling_steps": "20",
+                "solver": "unipc",
+                "cfg_scale": 4.0,
+                "cfg_interval": (0, 9),
+            },
+            "holds none of the 20 timesteps that the sampler visits; nearest: 50",
+        ),
+        ({"cfg_interval": (0, 999)}, "--cfg-interval has no effect: --cfg-scale is 1"),
+        ({"labels": "null", "cfg_scale": 1.5}, "--cfg-scale 1.5 has no effect"),
+        ({"num_sampling_steps": "4", "cfg_scale": 4.0, "cfg_interval": (666, 666)}, None),
+        ({"cfg_scale": 4.0}, None),
+        ({"labels": "null"}, None),
+    ],
+)
+def test_guidance_without_effect_is_warned_of(fields, message, caplog):
+    SamplingConfig(**fields)
+    assert (message in caplog.text) if message else (caplog.text == "")
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
         ("10", "class 10 is outside .* 0 to 9"),
         ("-1", "class -1 is outside"),
         ("cat", "cannot read labels 'cat'"),
-        ("1,,2", "cannot read labels '1,,2'"),
+        ("1,,2", "cannot read labels '1,,2'; give uniform, balanced, null or"),
     ],
 )
 def test_impossible_labels_are_refused(labels, message):
