@@ -68,6 +68,26 @@ COUNT_OR_ZERO = Number(least=0)
 
 
 # ---------------------------------------------------------------------------------------------
+# Help
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Ends the help of every optional flag with its default.
+
+    A help text that says "default" itself stays as it is, e.g. where the default is computed.
+    """
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        is_on = isinstance(action, argparse._StoreTrueAction)
+        if "default" in text or action.required or (action.nargs == 0 and not is_on):
+            return text
+        if not action.option_strings:
+            return text
+        return f"{text} (default: {'off' if is_on else '%(default)s'})"
+
+
+# ---------------------------------------------------------------------------------------------
 # Configurations
 
 
@@ -112,7 +132,10 @@ def add_speed_arguments(parser: Parser) -> None:
 
 
 def add_sampling_arguments(
-    parser: argparse.ArgumentParser, amm_type: Callable[[str], Any], amm_values: str
+    parser: argparse.ArgumentParser,
+    amm_type: Callable[[str], Any],
+    amm_values: str,
+    amm_default: str,
 ) -> None:
     """Add the flags of both image generators; the defaults are those of SamplingConfig.
 
@@ -120,8 +143,39 @@ def add_sampling_arguments(
         parser: the script's.
         amm_type: argument type of --amm.
         amm_values: its values, for --help.
+        amm_default: what happens without --amm, for --help.
     """
     p = parser
+    _add_checkpoint_arguments(p)
+    p.add_argument("--cfg-scale", type=float, help="scale of guidance; 1: no guidance")
+    p.add_argument(
+        "--cfg-channels",
+        choices=GUIDANCE_CHANNELS,
+        help=f"noise channels that are guided. {describe(GUIDANCE_CHANNELS)}",
+    )
+    p.add_argument(
+        "--cfg-interval",
+        type=int,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="guide only at timesteps LO to HI of the 1000-step process; 0 is clean, 999 noise; "
+        "default: at all",
+    )
+    p.add_argument(
+        "--num-sampling-steps",
+        metavar="STEPS",
+        help="250; with ddpm and ddim also ddim50, or sections like 10,15,25",
+    )
+    p.add_argument(
+        "--solver", choices=SOLVERS, help="ddpm is the release's; dpm++ and unipc need few steps"
+    )
+    add_speed_arguments(p)
+    set_defaults_from(p, SamplingConfig)
+    _add_amm_arguments(p, amm_type, amm_values, amm_default)
+
+
+def _add_checkpoint_arguments(p: argparse.ArgumentParser) -> None:
+    """Add what is loaded, and what the user expects of it."""
     p.add_argument(
         "--ckpt",
         required=True,
@@ -134,42 +188,34 @@ def add_sampling_arguments(
         default="ema",
         help="which weights of the checkpoint to load",
     )
-    p.add_argument("--model", metavar="NAME", help=f"fail if not this model: {', '.join(MODELS)}")
-    p.add_argument("--image-size", type=int, metavar="PIXELS", help="fail if the model's differs")
-    p.add_argument("--num-classes", type=int, help="fail if the model has another number")
+    p.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"fail if not this model: {', '.join(MODELS)}; default: any",
+    )
+    p.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="fail if the model's differs; default: the model's",
+    )
+    p.add_argument(
+        "--num-classes",
+        type=int,
+        help="fail if the model has another number; default: the model's",
+    )
     p.add_argument(
         "--vae",
         help="ema, mse, a folder, a hub id, or pixels; default: the VAE that the checkpoint was "
         "trained with, else ema",
     )
-    p.add_argument("--cfg-scale", type=float, help="scale of guidance; 1: no guidance")
-    p.add_argument(
-        "--cfg-channels",
-        choices=GUIDANCE_CHANNELS,
-        help=f"noise channels that are guided. {describe(GUIDANCE_CHANNELS)}",
-    )
-    p.add_argument(
-        "--cfg-interval",
-        type=int,
-        nargs=2,
-        metavar=("LO", "HI"),
-        help="guide only at timesteps LO to HI of the 1000-step process; 0 is clean, 999 noise",
-    )
-    p.add_argument(
-        "--num-sampling-steps",
-        metavar="STEPS",
-        help="250; with ddpm and ddim also ddim50, or sections like 10,15,25",
-    )
-    p.add_argument(
-        "--solver", choices=SOLVERS, help="ddpm is the release's; dpm++ and unipc need few steps"
-    )
-    add_speed_arguments(p)
-    set_defaults_from(p, SamplingConfig)
-    _add_amm_arguments(p, amm_type, amm_values)
 
 
 def _add_amm_arguments(
-    parser: argparse.ArgumentParser, amm_type: Callable[[str], Any], amm_values: str
+    parser: argparse.ArgumentParser,
+    amm_type: Callable[[str], Any],
+    amm_values: str,
+    amm_default: str,
 ) -> None:
     g = parser.add_argument_group("Attention Modulation Matrix")
     g.add_argument(
@@ -178,8 +224,7 @@ def _add_amm_arguments(
         const=True,
         type=amm_type,
         metavar=amm_values,
-        help="switch AMM on (default of image_generator.py: both; of image_generator_ddp.py: off, "
-        "unless an option below is given)",
+        help=f"switch AMM on; default: {amm_default}",
     )
     g.add_argument(
         "--no-amm",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from edt.cli.arguments import COUNT
+from edt.cli.arguments import COUNT, HelpFormatter
 from edt.cli.main import exit_on_user_error
 from edt.data.images import center_crop
 from edt.metrics import (
@@ -42,9 +42,7 @@ from edt.utils.files import make_folder, write_json
 
 def image_parser() -> argparse.ArgumentParser:
     """A parser with the options that scoring and make-ref share."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--features",
         choices=choices(FeatureName),
@@ -61,7 +59,8 @@ def image_parser() -> argparse.ArgumentParser:
         "--inception",
         type=Path,
         metavar="PATH",
-        help="the Inception weights: the .pb file, or one that convert-inception made",
+        help="the Inception weights: the .pb file, or one that convert-inception made; "
+        "default: the .pb file here or in ~/.cache/edt, else it is downloaded",
     )
     parser.add_argument(
         "--device",
@@ -75,7 +74,8 @@ def image_parser() -> argparse.ArgumentParser:
         "--image-size",
         type=COUNT,
         metavar="PIXELS",
-        help="crop the images of folders to squares of this side, as training does",
+        help="crop the images of folders to squares of this side, as training does; default: as "
+        "they are",
     )
     return parser
 
@@ -91,10 +91,15 @@ def score_parser() -> argparse.ArgumentParser:
         "inception) or float32 (exact, the default for pixels)",
     )
     parser.add_argument(
-        "--cache-dir", type=Path, help="keep features here, and reuse those of the same images"
+        "--cache-dir",
+        type=Path,
+        help="keep features here, and reuse those of the same images; default: nowhere",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the scores and how they were computed"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the scores and how they were computed; default: no file",
     )
     return parser
 

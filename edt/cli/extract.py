@@ -10,7 +10,7 @@ import dataclasses
 
 from tqdm.auto import tqdm
 
-from edt.cli.arguments import COUNT, COUNT_OR_ZERO, from_arguments
+from edt.cli.arguments import COUNT, COUNT_OR_ZERO, HelpFormatter, from_arguments
 from edt.cli.main import exit_on_user_error
 from edt.data.extraction import Extraction, ExtractionConfig
 from edt.data.features import DrawMode, Layout
@@ -23,9 +23,7 @@ from edt.utils.distributed import get_distributed_env
 
 def parser() -> argparse.ArgumentParser:
     """The script's arguments."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     p.add_argument(
         "--data-path", required=True, help="folder with one sub-folder of images per class"
     )

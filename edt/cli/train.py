@@ -16,6 +16,7 @@ from edt.checkpoints.loading import read_weights
 from edt.cli.arguments import (
     COUNT,
     COUNT_OR_ZERO,
+    HelpFormatter,
     Number,
     add_speed_arguments,
     describe,
@@ -52,9 +53,7 @@ RESUME_RUN = "RUN-DIR"  # --resume without a path
 
 def parser() -> argparse.ArgumentParser:
     """The command line of the training script."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     p.add_argument(
         "--feature-path",
         "--features-path",
@@ -69,9 +68,14 @@ def parser() -> argparse.ArgumentParser:
         help="default: as recorded in the features, else 1000; 0 trains an unconditional model",
     )
     p.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="fail if the features differ in image size"
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="fail if the features differ in image size; default: theirs",
     )
-    p.add_argument("--vae", help="fail if the features were extracted with another VAE")
+    p.add_argument(
+        "--vae", help="fail if the features were extracted with another VAE; default: theirs"
+    )
     _add_run_arguments(p.add_argument_group("run"))
     _add_method_arguments(p.add_argument_group("method"))
     add_speed_arguments(p.add_argument_group("speed"))
@@ -85,7 +89,7 @@ def _add_run_arguments(g: argparse._ArgumentGroup) -> None:
     """Add the flags of one run: folders, checkpoints, duration, logging."""
     add = g.add_argument
     add("--results-dir", default="results", metavar="DIR", help="a new run is DIR/NNN-MODEL")
-    add("--run-dir", metavar="DIR", help="the run's folder; continued if it holds a checkpoint")
+    add("--run-dir", metavar="DIR", help="continued if it holds a checkpoint; default: a new run")
     add(
         "--resume",
         "--checkpoint-path",
@@ -95,7 +99,9 @@ def _add_run_arguments(g: argparse._ArgumentGroup) -> None:
         help="resume from PATH, a checkpoint or a run folder, and fail if there is no checkpoint; "
         "PATH defaults to --run-dir, else to the newest run of --model in --results-dir",
     )
-    add("--resume-step", type=int, metavar="STEP", help="like --resume, at this step")
+    add(
+        "--resume-step", type=int, metavar="STEP", help="like --resume, at this step; default: none"
+    )
     add(
         "--allow-config-change",
         action="store_true",
@@ -104,10 +110,11 @@ def _add_run_arguments(g: argparse._ArgumentGroup) -> None:
     add(
         "--init-from",
         metavar="CKPT",
-        help="initialise from the EMA weights of this checkpoint; see docs/training.md",
+        help="initialise from the EMA weights of this checkpoint, see docs/training.md; default: "
+        "new weights",
     )
     add("--epochs", type=COUNT, default=90, help="passes over the features")
-    add("--max-steps", type=COUNT, metavar="STEPS", help="total steps; overrides --epochs")
+    add("--max-steps", type=COUNT, metavar="STEPS", help="total steps; default: those of --epochs")
     add("--log-every", type=COUNT, metavar="STEPS", help="steps between lines of the log")
     add("--ckpt-every", type=COUNT, metavar="STEPS", help="steps between checkpoints")
     add("--keep-last", type=COUNT, default=3, metavar="N", help="keep the N newest checkpoints")
@@ -124,7 +131,7 @@ def _add_run_arguments(g: argparse._ArgumentGroup) -> None:
         metavar="STEPS",
         help="steps between grids of EMA samples from the same noise; 0: none",
     )
-    add("--tracker", choices=choices(Tracker), help="also log to this tracker")
+    add("--tracker", choices=choices(Tracker), help="also log to this tracker; default: none")
     add("--num-workers", type=COUNT_OR_ZERO, help="processes that read features ahead")
     add(
         "--max-skipped-steps",
@@ -173,7 +180,11 @@ def _add_method_arguments(g: argparse._ArgumentGroup) -> None:
         choices=TIMESTEP_SAMPLERS,
         help="how timesteps are drawn",
     )
-    add("--min-snr-gamma", type=positive, help="gamma of the loss weight min(SNR, gamma) / SNR")
+    add(
+        "--min-snr-gamma",
+        type=positive,
+        help="gamma of the loss weight min(SNR, gamma) / SNR; default: weight 1",
+    )
     add("--global-seed", type=int, dest="seed", help="seed of weights, data order and noise")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from edt.amm import AMMForm
 from edt.checkpoints.loading import WeightsKind
-from edt.cli import draw, extract, sample, train
+from edt.cli import draw, evaluate, extract, sample, train
 from edt.data.extraction import ExtractionConfig
 from edt.nn.attention import AttentionBackend
 from edt.nn.compilation import CompileMode
@@ -119,6 +119,33 @@ def test_defaults_of_flags_are_those_of_the_fields(script):
     for name in script.without_flag:
         del expected[name]
     assert defaults == expected
+
+
+PARSERS = {name: script.parser for name, script in SCRIPTS.items()} | {
+    "score": evaluate.score_parser,
+    "make-ref": evaluate.make_ref_parser,
+}
+
+
+@pytest.mark.parametrize("create_parser", PARSERS.values(), ids=PARSERS)
+def test_help_shows_every_default(create_parser):
+    parser = create_parser()
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        is_optional = action.option_strings and not action.required
+        if is_optional and not {"--help", "--no-amm"} & {*action.option_strings}:
+            text = formatter._expand_help(action) if action.help else ""
+            assert "default" in text, action.option_strings
+            assert "None" not in text, action.option_strings
+            if "(default: " in text and action.default is not None:
+                default = "off" if action.default is False else action.default
+                assert text.endswith(f"(default: {default})")
+
+
+def test_help_says_when_amm_is_on(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10000")  # no line is wrapped
+    assert "default: off, unless an option below is given" in sample.parser().format_help()
+    assert "default: both, that is with AMM and without" in draw.parser().format_help()
 
 
 @BY_NAME
