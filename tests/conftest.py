@@ -44,6 +44,7 @@ def fresh_process() -> Iterator[None]:
     """Forget what accelerate and logging keep for the life of a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
+    logging.getLogger("edt").setLevel(logging.NOTSET)  # a later process of several is quiet
     for handler in logging.root.handlers[:]:
         # Added by a script's main; the stream that it writes to is closed when the test ends.
         if type(handler) in (logging.StreamHandler, logging.FileHandler):
@@ -113,6 +114,16 @@ def update_manifest(checkpoint: Path) -> None:
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     content = {name: fingerprint(checkpoint / name) for name in manifest}
     (checkpoint / MANIFEST).write_text(json.dumps(content))
+
+
+def with_classes(checkpoint: Path, folder: Path, classes: list[str]) -> Path:
+    """A copy of a checkpoint whose features had these class folders."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["features"]["classes"] = classes
+    (folder / "config.json").write_text(json.dumps(config))
+    update_manifest(folder)
+    return folder
 
 
 def run_script(*command: object, **options: Any) -> subprocess.CompletedProcess:

@@ -195,7 +195,7 @@ def score_seeds(row: Samples, classifier: SVC) -> np.ndarray:
     for path, scores in zip(row.paths, row.scores, strict=True):
         images = np.load(path)["arr_0"].mean(axis=-1)
         predicted = classifier.predict(images.reshape(len(images), -1) / 255)
-        in_class = 100 * (predicted == np.load(path.parent / "labels.npy")).mean()
+        in_class = 100 * (predicted == np.load(path.with_suffix(".labels.npy"))).mean()
         distance = scores["frechet_distance"]
         values.append((distance, scores["precision"], scores["recall"], in_class))
     return np.array(values)

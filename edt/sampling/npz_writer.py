@@ -101,6 +101,7 @@ class SampleArchive:
 
     Attributes:
         path: the finished file.
+        labels_path: where the labels of its images belong, (N,) int64 in a .npy file.
     """
 
     _file: io.FileIO
@@ -110,6 +111,7 @@ class SampleArchive:
         folder.mkdir(parents=True, exist_ok=True)
         self.shape = shape
         self.path = folder / f"samples_{'x'.join(map(str, shape))}.npz"
+        self.labels_path = self.path.with_suffix(".labels.npy")
         self._partial = self.path.with_suffix(".partial")
         self._done_file = self.path.with_suffix(".done")
         self._lock_file = self.path.with_suffix(".lock")

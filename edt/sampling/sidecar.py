@@ -59,6 +59,16 @@ def sample_settings(
     }
 
 
+def library_versions() -> dict[str, str]:
+    """Versions of what computes images, for the record."""
+    return {
+        "python": platform.python_version(),
+        "edt": edt.__version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+
+
 def open_sample_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Record the settings in a new folder of samples, or compare them with the recorded ones.
 
@@ -69,20 +79,13 @@ def open_sample_folder(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         UserError: the folder holds samples of other settings; the message names the fields.
     """
-    path = folder / SIDECAR
+    path = make_folder(folder) / SIDECAR
     if path.exists():
         recorded = read_json(path)
         recorded["model"] = _upgrade_model(recorded.get("model", {}), settings["model"])
         check_settings(folder, recorded, settings, "give another --output-dir")
         return
-    versions = {
-        "python": platform.python_version(),
-        "edt": edt.__version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
-    make_folder(folder)
-    write_json(path, {**settings, "versions": versions})
+    write_json(path, {**settings, "versions": library_versions()})
 
 
 def _upgrade_model(recorded: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:

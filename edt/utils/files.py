@@ -50,6 +50,18 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def shorten_name(name: str, most_bytes: int) -> str:
+    """A name of a file or folder that has at most so many bytes.
+
+    A longer one is cut, and a hash of the whole name is added: different names stay different.
+    """
+    encoded = os.fsencode(name)
+    if len(encoded) <= most_bytes:
+        return name
+    ending = "~" + hashlib.sha256(encoded).hexdigest()[:8]
+    return encoded[: most_bytes - len(ending)].decode(errors="ignore") + ending
+
+
 def sync(path: Path) -> None:
     """Flush a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -295,6 +295,10 @@ def test_places_that_cannot_be_written_are_named(
             [*TRAIN, "--feature-path", features, "--max-steps", 1, "--run-dir", file / "run"],
         ),
         (image_generator_ddp.main, ["--ckpt", run_folder, *SAMPLE, "--output-dir", file]),
+        (
+            image_generator_ddp.main,
+            ["--ckpt", run_folder, *SAMPLE, "--output-dir", tmp_path / ("x" * 300)],
+        ),
         (image_generator.main, ["--ckpt", run_folder, "--output-dir", file]),
         (
             evaluator.main,

@@ -52,7 +52,7 @@ def read_samples(printed: str) -> Samples:
         assert file.files == ["arr_0"]
         images = file["arr_0"]
     assert images.dtype == np.uint8
-    labels = np.load(path.parent / "labels.npy")
+    labels = np.load(path.with_suffix(".labels.npy"))
     recipe = json.loads((path.parent / "recipe.json").read_text())
     return Samples(images.astype(int), labels, recipe)
 
@@ -62,8 +62,14 @@ def count_finished(out: Path) -> int:
     return sum(sum(path.read_bytes()) for path in out.rglob("*.done"))
 
 
-def kill_after(argv: list[str], out: Path, images: int) -> None:
-    """Start a run and SIGKILL it once it has stored ``images`` more."""
+def kill_after(
+    argv: list[str], out: Path, images: int, number: signal.Signals = signal.SIGKILL
+) -> tuple[int, str]:
+    """Start a run and send it a signal once it has stored ``images`` more.
+
+    Returns:
+        its exit code, and what it printed to stderr.
+    """
     expected = count_finished(out) + images
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -71,13 +77,15 @@ def kill_after(argv: list[str], out: Path, images: int) -> None:
         cwd=ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while count_finished(out) < expected:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.send_signal(number)
+    _, printed = process.communicate()
+    return process.returncode, printed
 
 
 def assert_equal_images(images: np.ndarray, expected: np.ndarray) -> None:
@@ -139,9 +147,15 @@ def test_two_processes_draw_the_same(one_run, trained, tmp_path):
 
 def test_a_run_killed_three_times_draws_the_same(one_run, trained, tmp_path):
     argv = command(trained, tmp_path, "--per-proc-batch-size", 3)
-    for more in (3, 6, 3):
-        kill_after(argv, tmp_path, more)
+    for more, number in ((3, signal.SIGKILL), (6, signal.SIGINT), (3, signal.SIGKILL)):
+        code, printed = kill_after(argv, tmp_path, more, number)
         assert not list(tmp_path.rglob("*.npz"))
+        if number == signal.SIGKILL:
+            assert code == -signal.SIGKILL
+        else:  # Ctrl-C
+            assert code == 130
+            assert "Traceback" not in printed
+            assert printed.splitlines()[-1].startswith("interrupted; ")
     assert 12 <= count_finished(tmp_path) < COUNT
     assert_equal_samples(read_samples(finish(argv)), one_run)
 
@@ -193,9 +207,9 @@ def test_a_thousand_images_are_sampled_written_and_evaluated(trained, image_fold
     assert path.name == "samples_1000x16x16x3.npz"
     assert np.load(path)["arr_0"].shape == (1000, 16, 16, 3)
     files = {file.name for file in path.parent.iterdir() if file.suffix not in (".png", ".lock")}
-    assert files == {path.name, "labels.npy", "recipe.json"}
+    assert files == {path.name, f"{path.stem}.labels.npy", "recipe.json"}
     assert len(list(path.parent.glob("*.png"))) == 1000
-    assert np.bincount(np.load(path.parent / "labels.npy")).tolist() == [334, 333, 333]
+    assert np.bincount(np.load(path.with_suffix(".labels.npy"))).tolist() == [334, 333, 333]
     report = tmp_path / "scores.json"
     printed = finish(["evaluator.py", image_folder, path, "--features", "pixels", "--json", report])
     assert "Pixel-space Frechet distance" in printed

@@ -31,7 +31,7 @@ def write_samples(demo, folder, name, images, labels, distances=(1.25,)):
         path = folder / str(seed) / "samples.npz"
         path.parent.mkdir(parents=True)
         np.savez(path, arr_0=np.repeat(images[..., None], 3, axis=-1))
-        np.save(path.parent / "labels.npy", labels)
+        np.save(path.with_suffix(".labels.npy"), labels)
         row.paths.append(path)
         row.scores.append({"frechet_distance": distance, "precision": 0.75, "recall": 0.5})
     return row
