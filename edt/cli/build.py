@@ -3,7 +3,7 @@
 import argparse
 import os
 import shutil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +12,8 @@ from edt.data.vae import VAE, load_vae
 from edt.nn.compilation import compile_network
 from edt.nn.precision import round_weights
 from edt.nn.transformer import DiffusionTransformer
+from edt.sampling.config import SamplingConfig
+from edt.sampling.sidecar import sample_settings
 from edt.utils.errors import UserError
 
 BF16_CAPABILITY = (8, 0)  # compute capability; GPUs below it emulate bfloat16 slowly
@@ -88,6 +90,26 @@ def load_for_sampling(args: argparse.Namespace, device: torch.device) -> LoadedM
         round_weights(model)
     compile_network(model, args.compile)
     return LoadedModel(model.to(device), vae, vae_name, image_size, info)
+
+
+def settings_of(loaded: LoadedModel, config: SamplingConfig, weights: str) -> dict[str, Any]:
+    """The settings of images, for the record; see :func:`edt.sampling.sidecar.sample_settings`.
+
+    Args:
+        loaded: the model, with AMM already switched on or off.
+        config: how images are sampled.
+        weights: "ema" or "model".
+    """
+    return sample_settings(
+        config,
+        loaded.model.config,
+        loaded.model.modulations,
+        weights,
+        loaded.info.weights_sha256,
+        loaded.vae_name,
+        loaded.vae.sha256,
+        loaded.image_size,
+    )
 
 
 def set_amm_from_arguments(model: DiffusionTransformer, args: argparse.Namespace) -> None:

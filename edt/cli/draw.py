@@ -10,7 +10,6 @@ beside the picture, and a picture of other settings has another name.
 import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ from edt.cli.arguments import (
     from_arguments,
     true_or_false,
 )
-from edt.cli.build import LoadedModel, load_for_sampling, set_amm_from_arguments
+from edt.cli.build import LoadedModel, load_for_sampling, set_amm_from_arguments, settings_of
 from edt.cli.main import exit_on_user_error
 from edt.data.class_names import class_names, find_class
 from edt.sampling.config import SamplingConfig
 from edt.sampling.generate import generate
 from edt.sampling.image_grid import difference, make_captioned_grid
-from edt.sampling.sidecar import library_versions, sample_settings
+from edt.sampling.sidecar import library_versions
 from edt.utils.distributed import get_distributed_env
 from edt.utils.files import atomic_write, make_folder, shorten_name, write_json
 
@@ -114,23 +113,13 @@ def grid_settings(
     args: argparse.Namespace, loaded: LoadedModel, config: SamplingConfig, classes: list[int]
 ) -> dict[str, Any]:
     """Everything that the picture depends on, as JSON values."""
-    settings = sample_settings(
-        config,
-        loaded.model.config,
-        loaded.model.modulations,
-        args.weights,
-        loaded.info.weights_sha256,
-        loaded.vae_name,
-        loaded.vae.sha256,
-        loaded.image_size,
-    )
+    settings = settings_of(loaded, config, args.weights)
     del settings["labels"]  # the classes take their place
-    with_and_without = args.amm == "both"
     return {
         **settings,
         "classes": classes,
         "num_variations": args.num_variations,
-        "with_and_without_amm": with_and_without,
+        "with_and_without_amm": args.amm == "both",
     }
 
 
@@ -182,10 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     write_json(path.with_suffix(".json"), {**settings, "versions": library_versions()})
     with atomic_write(path) as temporary:
         make_captioned_grid(images, row_captions, column_captions).save(temporary, format="png")
-    # Names of folders may hold what the terminal's encoding does not.
-    encoding = sys.stdout.encoding or "utf-8"
-    rows = "; ".join(row_captions).encode(encoding, "backslashreplace").decode(encoding)
-    print(f"rows: {rows}\n{path}")
+    print(f"rows: {'; '.join(row_captions)}\n{path}")
     return 0
 
 

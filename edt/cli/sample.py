@@ -28,13 +28,13 @@ from edt.cli.arguments import (
     from_arguments,
     true_or_false,
 )
-from edt.cli.build import LoadedModel, load_for_sampling, set_amm_from_arguments
+from edt.cli.build import LoadedModel, load_for_sampling, set_amm_from_arguments, settings_of
 from edt.cli.main import exit_on_user_error
 from edt.data.class_names import class_names, find_classes
 from edt.sampling.config import LABEL_POLICIES, SamplingConfig
 from edt.sampling.generate import generate, image_bar
 from edt.sampling.npz_writer import SampleArchive
-from edt.sampling.sidecar import open_sample_folder, sample_settings
+from edt.sampling.sidecar import open_sample_folder
 from edt.utils.distributed import get_distributed_env
 from edt.utils.files import atomic_write, shorten_name
 
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger("edt").setLevel(logging.ERROR)  # the first process warns for all
     config: SamplingConfig = from_arguments(SamplingConfig, args)
     loaded = load_for_sampling(args, device)
-    model, vae, info = loaded.model, loaded.vae, loaded.info
+    model, info = loaded.model, loaded.info
     set_amm_from_arguments(model, args)
     labels = resolve_labels(config.labels, model.num_classes, info.features.classes)
     if labels != config.labels:
@@ -171,17 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     folder_path = Path(args.output_dir) / folder_name(
         name, Path(args.ckpt), loaded, config, model.modulations
     )
-    settings = sample_settings(
-        config,
-        model.config,
-        model.modulations,
-        args.weights,
-        info.weights_sha256,
-        loaded.vae_name,
-        vae.sha256,
-        loaded.image_size,
-    )
-    open_sample_folder(folder_path, settings)
+    open_sample_folder(folder_path, settings_of(loaded, config, args.weights))
 
     archive = SampleArchive(folder_path, (args.num_images, loaded.image_size, loaded.image_size, 3))
     archive.open()
