@@ -1,21 +1,24 @@
 """Models from checkpoint folders, run folders and .pt files."""
 
 import dataclasses
+import hashlib
 import logging
+import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
 from edt.checkpoints.folder import MANIFEST, list_checkpoints, read_tensors, verify_file
-from edt.checkpoints.release import read_release_weights, strip_prefixes
+from edt.checkpoints.release import bare_weights, read_release_weights
 from edt.data.features import FeatureInfo
 from edt.models import EDTConfig
 from edt.nn.transformer import DiffusionTransformer
 from edt.registry import config_from_state_dict, create_from_config, create_model, read_config
-from edt.utils.choices import check_choice
+from edt.utils.choices import check_choice, choices
 from edt.utils.errors import UserError
 from edt.utils.files import file_sha256, read_json
+from edt.utils.weights_format import read_index, weights_format
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,9 @@ class CheckpointInfo:
     weights_file: Path
     """The file that the weights were read from."""
     weights_sha256: str
-    """Its hash."""
+    """Its hash; of a sharded file, a hash over those of its shards."""
+    weights: str
+    """Which weights were read: "ema" or "model"; or the name of a file that holds one set only."""
     name: str | None
     """Name of the model, e.g. "EDT-S/2"; None for a .pt file."""
     features: FeatureInfo
@@ -58,8 +63,8 @@ def load_model(
     optional expectations; a mismatch raises.
 
     Args:
-        path: a run folder (its newest checkpoint), a checkpoint folder, a .safetensors file with
-            config.json beside it, or a .pt file.
+        path: a run folder (its newest checkpoint), a checkpoint folder, a .safetensors file or the
+            index of a sharded one, with config.json beside it, or a .pt file.
         model: name of a model; its width and patch size are expected.
         weights: "ema" or "model", of a checkpoint that holds both.
         input_size: expected side of the latent.
@@ -98,23 +103,78 @@ def read_weights(path: str | Path, weights: WeightsKind = "ema") -> Weights:
     """
     check_choice("weights", weights, WeightsKind)
     file, sha256 = _find_weights_file(Path(path), weights)
-    document = {}
-    if file.suffix == ".safetensors":
-        tensors = strip_prefixes(read_tensors(file))
-        if file.with_name("config.json").exists():
-            document = read_json(file.with_name("config.json"))
-    else:
-        tensors = read_release_weights(file, weights)
+    tensors, kind = _read_file(file, weights)
     _check_finite(tensors, file)
+    if weights == "model" and kind == "ema":
+        logger.warning("%s holds EMA weights; --weights model is ignored", file)
+    document = {}
+    # A .pt file stands alone: a config.json beside it may be another model's.
+    if weights_format(file) != "torch" and file.with_name("config.json").exists():
+        document = read_json(file.with_name("config.json"))
     features = FeatureInfo.from_dict(document.get("features", {}))
-    if "model" in document:
+    if isinstance(document.get("model"), dict):
         config = read_config(document["model"])
     else:
         config = config_from_state_dict(tensors)
     if config.image_size is None:  # not recorded in the configurations of version 0.1
         config = dataclasses.replace(config, image_size=features.image_size)
-    info = CheckpointInfo(file, sha256, document.get("name"), features)
+    info = CheckpointInfo(file, sha256, kind, document.get("name"), features)
     return Weights(tensors, config, info)
+
+
+def _read_file(file: Path, weights: WeightsKind) -> tuple[dict[str, torch.Tensor], str]:
+    """The weights of a file or, if it is an index, of its shards; and which weights they are.
+
+    What they are is "ema" or "model", or the file's name.
+    """
+    if weights_format(file) != "index":
+        return _read_one_file(file, weights)
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in _shards(file):
+        tensors |= _read_one_file(shard, weights)[0]
+    return tensors, _kind_by_name(file)
+
+
+def _read_one_file(file: Path, weights: WeightsKind) -> tuple[dict[str, torch.Tensor], str]:
+    """As :func:`_read_file`, of a file that is no index."""
+    if weights_format(file) == "torch":
+        tensors, entry = read_release_weights(file, weights)
+        return tensors, entry or file.name
+    # read_tensors refuses an index that lists itself.
+    return bare_weights(read_tensors(file), file), _kind_by_name(file)
+
+
+def _kind_by_name(file: Path) -> str:
+    """Either "ema" or "model" for the files of a checkpoint folder, else the file's name."""
+    stem = file.name.split(".")[0]
+    return stem if stem in choices(WeightsKind) else file.name
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index lists.
+
+    Raises:
+        UserError: one of them is missing or outside the index's folder.
+    """
+    names = sorted(set((read_index(index) or {}).values()))
+    for name in names:
+        if Path(name).name != name or not index.with_name(name).is_file():
+            raise UserError(
+                f"{index} lists {len(names)} shards, and {name} is not beside it; "
+                "put all of them into its folder"
+            )
+    return [index.with_name(name) for name in names]
+
+
+def _check_is_no_shard(file: Path) -> None:
+    """Refuse one shard of several, which holds a part of the weights only."""
+    shard = re.search(r"(.*)-(\d{5})-of-(\d{5})\.(\w+)$", file.name)
+    if shard and int(shard[3]) > 1:
+        index = file.with_name(f"{shard[1]}.{shard[4]}.index.json")
+        raise UserError(
+            f"{file} is shard {int(shard[2])} of {int(shard[3])}, a part of the weights; "
+            f"give the index of all shards, {index}"
+        )
 
 
 def _find_weights_file(path: Path, weights: WeightsKind) -> tuple[Path, str]:
@@ -124,6 +184,7 @@ def _find_weights_file(path: Path, weights: WeightsKind) -> tuple[Path, str]:
             f"no checkpoint at {path}; give a checkpoint folder, a run folder or a .pt file"
         )
     if path.is_file():
+        _check_is_no_shard(path)
         return path, _sha256_with_warning(path)
     name = f"{weights}.safetensors"
     checkpoints = list_checkpoints(path / "checkpoints")
@@ -137,6 +198,8 @@ def _find_weights_file(path: Path, weights: WeightsKind) -> tuple[Path, str]:
             f"every checkpoint in {path / 'checkpoints'} is damaged; give another run folder or a "
             ".pt file"
         )
+    if (path / f"{name}.index.json").exists():
+        name += ".index.json"
     if not (path / name).exists():
         raise UserError(
             f"no {name} in {path}; give a checkpoint folder, a run folder or a .pt file"
@@ -149,6 +212,9 @@ def _sha256_with_warning(file: Path) -> str:
 
     Users edit such files on purpose, so a difference from the manifest is a warning.
     """
+    if weights_format(file) == "index":
+        hashes = [file_sha256(shard) for shard in _shards(file)]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
     sha256 = file_sha256(file)
     manifest = file.with_name(MANIFEST)
     if file.suffix == ".safetensors" and manifest.exists():

@@ -1,13 +1,23 @@
-"""The release's .pt files, read without unpickling code."""
+"""The release's .pt files, read without unpickling code, and the names of weights in them."""
 
 import argparse
-import pickle
+import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from edt.utils.errors import UserError
+from edt.utils.weights_format import cut_short
+
+logger = logging.getLogger(__name__)
+
+# What wrappers of a network add to the names of its weights. Those of torch.compile, FSDP and
+# activation checkpointing stand around any module, the others around the whole network only.
+INNER_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+OUTER_WRAPPERS = {"module", "model", "ema_model"}
 
 
 def read_release(path: Path) -> dict[str, Any]:
@@ -16,48 +26,106 @@ def read_release(path: Path) -> dict[str, Any]:
     ``args`` of the release is an ``argparse.Namespace``, the only class that is allowed in
     addition to tensors.
 
+    Args:
+        path: a file of torch.save, see :func:`edt.utils.weights_format.weights_format`.
+
     Raises:
         UserError: the file cannot be read, or it holds other classes.
     """
+    if path.suffix == ".safetensors":  # torch.load would believe the name
+        raise UserError(f"{path} was written by torch.save; rename it to {path.stem}.pt")
+    # torch.save before 1.6 wrote no zip archive, and only an archive can be mapped into memory.
+    is_zip = _is_zip(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # the bytes of a damaged file can make torch raise anything
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise UserError(
+                f"{path} holds more than tensors ({refused[1]}) and is not loaded; "
+                "export its weights alone"
+            ) from None
+        if not is_zip:
+            raise cut_short(path) from None
         raise UserError(
-            f"{path} holds more than tensors and is not loaded; export its weights alone"
-        ) from None
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(
-            f"cannot read {path} ({type(error).__name__}); give a checkpoint folder or a .pt file"
+            f"cannot read {path} ({type(error).__name__}): it is damaged; get it again"
         ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
     return content
 
 
-def read_release_weights(path: Path, weights: str) -> dict[str, torch.Tensor]:
-    """The named tensors of a .pt file.
+def read_release_weights(path: Path, weights: str) -> tuple[dict[str, torch.Tensor], str | None]:
+    """The named tensors of a .pt file, and which of its entries they are.
 
     Args:
         path: the file.
         weights: "ema" or "model", the entry to take; a bare state dict has neither.
+
+    Returns:
+        the tensors, and ``weights``, or None for a bare state dict.
 
     Raises:
         UserError: the file cannot be read, or the entry holds no tensors.
     """
     content = read_release(path)
     tensors = content.get(weights, content)
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+    if not isinstance(tensors, dict) or not _is_state_dict(tensors):
         remedy = "export the weights alone"
-        if "model" in content:
+        if "model" in content and weights != "model":
             remedy = f"give --weights model, or {remedy}"
-        raise UserError(f"{path} holds no named tensors as {weights}; {remedy}")
-    return strip_prefixes(tensors)
+        found = ", ".join(map(str, list(content)[:8])) or "nothing"
+        raise UserError(f"{path} holds no named tensors as {weights} (it holds {found}); {remedy}")
+    return bare_weights(tensors, path), weights if weights in content else None
 
 
-def strip_prefixes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Remove the prefixes that DistributedDataParallel and torch.compile put before names."""
-    return {
-        name.removeprefix("module.").removeprefix("_orig_mod."): value
-        for name, value in tensors.items()
-    }
+def _is_state_dict(values: dict[Any, Any]) -> bool:
+    """Whether the values are tensors, apart from single numbers."""
+    containers = (dict, list, tuple, argparse.Namespace)
+    has_tensor = any(map(torch.is_tensor, values.values()))
+    return has_tensor and not any(isinstance(value, containers) for value in values.values())
+
+
+def bare_weights(values: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    """Weights under the network's own names.
+
+    Single numbers, such as the ``n_averaged`` of torch's AveragedModel, are no weights of a
+    transformer. A warning names them.
+
+    Args:
+        values: a state dict.
+        path: where it comes from, for messages.
+
+    Raises:
+        UserError: two weights have one name.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    dropped = []
+    for name, value in values.items():
+        bare = _bare_name(name)
+        if not torch.is_tensor(value) or value.numel() == 1:
+            dropped.append(name)
+        elif bare in weights:
+            raise UserError(
+                f"{path} holds {bare} twice, once as {name}; export one set of weights alone"
+            )
+        else:
+            weights[bare] = value
+    if dropped:
+        names = ", ".join(dropped[:8])
+        logger.warning("%s: left out what is no weight: %s", path, names)
+    return weights
+
+
+def _bare_name(name: str) -> str:
+    """A name without wrappers, in whatever order and number they were put around the network."""
+    parts = [part for part in name.split(".") if part not in INNER_WRAPPERS]
+    while len(parts) > 1 and parts[0] in OUTER_WRAPPERS:
+        del parts[0]
+    return ".".join(parts)
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"

@@ -148,3 +148,89 @@ def test_a_named_checkpoint_that_was_changed_is_a_warning(run_of_two, caplog):
     assert info.weights_file == checkpoint / "ema.safetensors"
     assert not same(model, expected)
     assert f"{checkpoint / 'ema.safetensors'} differs from its manifest.json" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------
+# Files that users name
+
+
+def test_what_was_read_is_recorded(run_of_two, caplog):
+    """``--weights`` chooses in a folder. A file that is named holds what it holds."""
+    checkpoint = run_of_two / "checkpoints" / "0000004"
+    for path, asked, read in (
+        (run_of_two, "model", "model"),
+        (checkpoint, "ema", "ema"),
+        (checkpoint / "model.safetensors", "ema", "model"),
+        (checkpoint / "ema.safetensors", "model", "ema"),
+    ):
+        info = read_weights(path, asked).info
+        assert info.weights == read
+        assert info.weights_file == checkpoint / f"{read}.safetensors"
+    assert "ema.safetensors holds EMA weights; --weights model is ignored" in caplog.text
+    renamed = shutil.copy(checkpoint / "ema.safetensors", checkpoint / "EDT-Tiny.safetensors")
+    assert read_weights(renamed).info.weights == "EDT-Tiny.safetensors"
+
+
+def test_a_file_of_the_other_suffix_loads_or_says_so(run_of_two, tmp_path):
+    file = run_of_two / "checkpoints" / "0000004" / "ema.safetensors"
+    tensors = read_weights(shutil.copy(file, tmp_path / "renamed.pt")).tensors
+    assert tensors.keys() == load_file(file).keys()
+    torch.save(load_file(file), tmp_path / "renamed.safetensors")
+    with pytest.raises(UserError, match="was written by torch.save; rename it to renamed.pt"):
+        load_model(tmp_path / "renamed.safetensors")
+
+
+@pytest.fixture
+def sharded(run_of_two: Path, tmp_path: Path) -> Path:
+    """The index of the run's EMA weights in three shards, with its config.json."""
+    checkpoint = run_of_two / "checkpoints" / "0000004"
+    weights = load_file(checkpoint / "ema.safetensors")
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    weight_map = {}
+    for i in range(3):
+        shard = f"weights-{i + 1:05d}-of-00003.safetensors"
+        names = list(weights)[i::3]
+        save_file({name: weights[name] for name in names}, folder / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    index = folder / "weights.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    shutil.copy(checkpoint / "config.json", folder)
+    return index
+
+
+def test_a_sharded_file_loads_through_its_index(sharded, run_of_two):
+    model, info = load_model(sharded)
+    assert same(model, load_model(run_of_two)[0])
+    assert info.name == "EDT-Tiny/2"
+    assert info.weights == sharded.name
+    shard = sharded.with_name("weights-00002-of-00003.safetensors")
+    weights = load_file(shard)
+    save_file({name: value + 1 for name, value in weights.items()}, shard)
+    assert read_weights(sharded).info.weights_sha256 != info.weights_sha256
+    torch.save(weights, shard.with_suffix(".bin"))
+    shard.unlink()
+    text = sharded.read_text().replace(shard.name, shard.with_suffix(".bin").name)
+    sharded.write_text(text)  # as pytorch_model.bin.index.json is
+    assert read_weights(sharded).tensors.keys() == model.state_dict().keys()
+    sharded.rename(sharded.with_name("ema.safetensors.index.json"))
+    assert read_weights(sharded.parent).info.weights == "ema"
+
+
+def test_one_shard_names_the_index(sharded):
+    with pytest.raises(UserError, match=r"is shard 2 of 3, .*/weights.safetensors.index.json"):
+        load_model(sharded.with_name("weights-00002-of-00003.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["../ema.safetensors", "weights.safetensors.index.json"])
+def test_an_index_lists_files_of_weights_beside_it(name, sharded):
+    shutil.copy(sharded.with_name("weights-00002-of-00003.safetensors"), sharded.parent.parent)
+    sharded.write_text(json.dumps({"weight_map": {"pos_embed": name}}))
+    with pytest.raises(UserError, match=f"{name}"):
+        load_model(sharded)
+
+
+def test_a_missing_shard_is_named(sharded):
+    sharded.with_name("weights-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match="lists 3 shards, and weights-00002-of-00003.safetensors"):
+        load_model(sharded)

@@ -2,13 +2,15 @@
 
 import argparse
 import os
+import pathlib
+import re
 
 import golden_rule
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from edt.checkpoints.loading import load_model
-from edt.checkpoints.release import read_release
+from edt.checkpoints.loading import load_model, read_weights
 from edt.registry import create_model
 from edt.utils.errors import UserError
 
@@ -30,7 +32,7 @@ def same(a, b) -> bool:
     return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
 def test_released_files_load(tmp_path, tiny, prefix):
     save_release(tmp_path / "full.pt", tiny, prefix=prefix)
     model, info = load_model(tmp_path / "full.pt", "EDT-Tiny/2")
@@ -44,6 +46,52 @@ def test_released_files_load(tmp_path, tiny, prefix):
     bare = {prefix + name: value for name, value in tiny.state_dict().items()}
     torch.save(bare, tmp_path / "bare.pt")
     assert same(load_model(tmp_path / "bare.pt")[0], tiny)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module._orig_mod.", "module.module.", "model.", "ema_model.module.", "model.module."],
+)
+def test_prefixes_are_stripped_until_none_is_left(prefix, tmp_path, tiny):
+    expected = tiny.state_dict()
+    torch.save({prefix + name: value for name, value in expected.items()}, tmp_path / "a.pt")
+    assert read_weights(tmp_path / "a.pt").tensors.keys() == expected.keys()
+
+
+def test_wrappers_of_single_blocks_are_no_part_of_a_name(tmp_path, tiny):
+    for wrapper in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        expected = tiny.state_dict()
+        weights = {
+            re.sub(r"^blocks\.(\d+)", rf"blocks.\1.{wrapper}", name): value
+            for name, value in expected.items()
+        }
+        assert weights.keys() != expected.keys()
+        torch.save(weights, tmp_path / "a.pt")
+        assert read_weights(tmp_path / "a.pt").tensors.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("kind", ["entry.pt", "bare.pt", "bare.safetensors"])
+def test_what_is_no_weight_is_left_out_and_named(kind, tmp_path, tiny, caplog):
+    average = torch.optim.swa_utils.AveragedModel(tiny).state_dict()
+    assert "n_averaged" in average
+    average |= {"decay": torch.tensor(0.999), "num_updates": torch.tensor([7])}
+    path = tmp_path / kind
+    if kind == "bare.safetensors":
+        save_file(average, path)
+    else:
+        average["decay"] = 0.999
+        torch.save({"ema": average, "opt": {}} if kind == "entry.pt" else average, path)
+    assert read_weights(path).tensors.keys() == tiny.state_dict().keys()
+    (message,) = caplog.messages
+    assert message.startswith(f"{path}: left out what is no weight: ")
+    assert {*message.rpartition(": ")[2].split(", ")} == {"n_averaged", "decay", "num_updates"}
+
+
+def test_two_sets_of_weights_in_one_are_refused(tmp_path, tiny):
+    both = {f"{prefix}.pos_embed": torch.zeros(2) for prefix in ("model", "ema_model")}
+    torch.save(both, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="holds pos_embed twice, once as ema_model.pos_embed"):
+        load_model(tmp_path / "a.pt")
 
 
 def test_the_layout_is_read_off_the_tensors(tmp_path):
@@ -80,21 +128,62 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
-def test_hostile_files_run_nothing(tmp_path, tiny):
-    torch.save({"model": Hostile(tmp_path / "ran")}, tmp_path / "a.pt")
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_hostile_files_run_nothing(zipped, tmp_path, tiny):
+    content = {"model": Hostile(tmp_path / "ran")}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     save_release(tmp_path / "b.pt", tiny, argparse.Namespace(model=Hostile(tmp_path / "ran")))
     for name in ("a.pt", "b.pt"):
-        with pytest.raises(UserError, match="more than tensors"):
+        with pytest.raises(UserError, match=r"more than tensors \(posix.mkdir\)"):
             load_model(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
 
+def test_another_class_is_named(tmp_path):
+    torch.save({"model": {}, "args": {"path": pathlib.PurePosixPath("x")}}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"pathlib\.\S*PurePosixPath\) and is not loaded"):
+        load_model(tmp_path / "a.pt")
+
+
+def test_files_of_the_old_format_load(tmp_path, tiny):
+    old = tmp_path / "old.pt"
+    content = {"ema": tiny.state_dict(), "args": argparse.Namespace(lr=1e-3)}
+    torch.save(content, old, _use_new_zipfile_serialization=False)
+    model, info = load_model(old)
+    assert same(model, tiny)
+    assert info.weights == "ema"
+    content = old.read_bytes()
+    for size in (200, len(content) // 2, len(content) - 7):
+        old.write_bytes(content[:size])
+        with pytest.raises(UserError, match=f"old.pt is cut short after {size} bytes"):
+            load_model(old)
+
+
+def test_what_was_read_is_recorded(tmp_path, tiny):
+    save_release(tmp_path / "full.pt", tiny)
+    assert load_model(tmp_path / "full.pt")[1].weights == "ema"
+    assert load_model(tmp_path / "full.pt", weights="model")[1].weights == "model"
+    torch.save(tiny.state_dict(), tmp_path / "ema.pt")
+    assert load_model(tmp_path / "ema.pt")[1].weights == "ema.pt"
+
+
 def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"not a checkpoint")
+    (tmp_path / "page.pt").write_text("<html>")
     (tmp_path / "empty").mkdir()
     torch.save([1, 2], tmp_path / "list.pt")
-    for name in ("a.pt", "empty", "list.pt", "absent"):
-        with pytest.raises(UserError, match=name):
+    for name, message in (
+        ("a.pt", "a.pt was written neither by torch.save"),
+        ("page.pt", "page.pt is an HTML page"),
+        ("empty", "no ema.safetensors in .*empty"),
+        ("list.pt", "list.pt is not a checkpoint: it holds a list"),
+        ("absent", "no checkpoint at .*absent"),
+    ):
+        with pytest.raises(UserError, match=message):
             load_model(tmp_path / name)
-    with pytest.raises(UserError, match="holds a list"):
-        read_release(tmp_path / "list.pt")
+
+
+def test_a_file_without_the_entry_says_what_it_holds(tmp_path):
+    torch.save({"state_dict": {"x": torch.zeros(2)}, "epoch": 3}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"no named tensors as ema \(it holds state_dict, epoch\)"):
+        load_model(tmp_path / "a.pt")

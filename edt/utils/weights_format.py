@@ -1,0 +1,130 @@
+"""What a file of weights is, read off its bytes and not off its name."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+from edt.utils.errors import UserError
+
+WeightsFormat = Literal["torch", "safetensors", "index"]
+
+ARCHIVES = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z"}
+PICKLE = b"\x80"  # then the protocol's number
+LEGACY_TORCH = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # the number that torch.save before 1.6 writes first
+LARGEST_HEADER = 100_000_000  # bytes; safetensors itself accepts no longer header
+
+
+def weights_format(path: Path) -> WeightsFormat:
+    """The format of a file of weights.
+
+    Args:
+        path: the file.
+
+    Returns:
+        "torch" (written by torch.save), "safetensors", or "index" (the JSON that lists the shards
+        of a sharded file).
+
+    Raises:
+        UserError: the file is none of these, or it is cut short. The message says what it is.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); give another file") from None
+    if not size:
+        raise UserError(f"{path} is empty; download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its folder"
+        )
+    if head.startswith(b"PK"):
+        return _check_zip(path)
+    if head.startswith(PICKLE):
+        if LEGACY_TORCH in head[:32]:
+            return "torch"
+        raise UserError(
+            f"{path} is a Python pickle, which could run code; save its weights with torch.save"
+        )
+    header_size = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and header_size < LARGEST_HEADER:
+        return _check_safetensors(path, header_size, size)
+    return _check_others(path, head)
+
+
+def _check_zip(path: Path) -> WeightsFormat:
+    """A zip archive, which torch.save writes."""
+    # Its table of contents stands at the end.
+    if not zipfile.is_zipfile(path):
+        raise cut_short(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name.rpartition("/")[2] for name in archive.namelist()}
+    if "data.pkl" not in members:
+        raise UserError(f"{path} is a zip archive, but not one of torch.save; unpack it")
+    if "constants.pkl" in members:
+        raise UserError(f"{path} is a TorchScript program; save its state dict with torch.save")
+    return "torch"
+
+
+def _check_safetensors(path: Path, header_size: int, size: int) -> WeightsFormat:
+    """Eight bytes with the length of the header, the header in JSON, the tensors."""
+    with open(path, "rb") as file:
+        header = file.read(8 + header_size)[8:]
+    if len(header) < header_size:
+        raise cut_short(path)
+    try:
+        tensors = [value for key, value in json.loads(header).items() if key != "__metadata__"]
+        end = 8 + header_size + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise UserError(
+            f"{path} is a damaged safetensors file: its header cannot be read; download it again"
+        ) from None
+    if size < end:
+        raise cut_short(path)
+    return "safetensors"
+
+
+def _check_others(path: Path, head: bytes) -> WeightsFormat:
+    """JSON, and what is downloaded in place of weights by mistake."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"<"):
+        raise UserError(
+            f"{path} is an HTML page, not a file of weights; "
+            "download the file itself, which may need another link or a login"
+        )
+    if text.startswith((b"{", b"[")):
+        if read_index(path) is not None:
+            return "index"
+        raise UserError(f"{path} is a JSON file and holds no weights; give the file of weights")
+    for magic, name in ARCHIVES.items():
+        if head.startswith(magic):
+            raise UserError(f"{path} is a {name} archive; unpack it")
+    if head[257:262] == b"ustar":
+        raise UserError(f"{path} is a tar archive; unpack it")
+    raise UserError(
+        f"{path} was written neither by torch.save nor as safetensors; "
+        "give a checkpoint folder, a .safetensors file or a .pt file"
+    )
+
+
+def read_index(path: Path) -> dict[str, str] | None:
+    """The shard of each tensor, from the index of a sharded file; None if it is not an index."""
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    is_map = isinstance(weight_map, dict) and all(
+        isinstance(shard, str) for shard in weight_map.values()
+    )
+    return weight_map if is_map and weight_map else None
+
+
+def cut_short(path: Path) -> UserError:
+    """The error for a file whose end is missing."""
+    size = path.stat().st_size
+    return UserError(
+        f"{path} is cut short after {size} bytes: its download or its writing did not end; "
+        "get it again"
+    )
