@@ -126,6 +126,19 @@ def with_classes(checkpoint: Path, folder: Path, classes: list[str]) -> Path:
     return folder
 
 
+def save_tiny_vae(folder: Path) -> None:
+    """Save a VAE of the SD-VAE's form, with few channels: eight pixels to one."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+    ).save_pretrained(folder)
+
+
 def run_script(*command: object, **options: Any) -> subprocess.CompletedProcess:
     """Run a command from the project's root, as a user would."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from edt.utils.errors import UserError
-from edt.utils.weights_format import cut_short
+from edt.utils.weights_format import ZIP, cut_short
 
 logger = logging.getLogger(__name__)
 
@@ -128,4 +128,4 @@ def _bare_name(name: str) -> str:
 
 def _is_zip(path: Path) -> bool:
     with open(path, "rb") as file:
-        return file.read(2) == b"PK"
+        return file.read(len(ZIP)) == ZIP

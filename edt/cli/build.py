@@ -1,14 +1,17 @@
 """From arguments to models: code that the image generators and the trainer share."""
 
 import argparse
+import logging
 import os
 import shutil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from edt.checkpoints.loading import CheckpointInfo, load_model
-from edt.data.vae import VAE, load_vae
+from edt.data.features import FeatureInfo, Features
+from edt.data.vae import VAE, load_vae, vae_source
 from edt.nn.compilation import compile_network
 from edt.nn.precision import round_weights
 from edt.nn.transformer import DiffusionTransformer
@@ -16,6 +19,7 @@ from edt.sampling.config import SamplingConfig
 from edt.sampling.sidecar import sample_settings
 from edt.utils.errors import UserError
 
+logger = logging.getLogger(__name__)
 BF16_CAPABILITY = (8, 0)  # compute capability; GPUs below it emulate bfloat16 slowly
 
 
@@ -85,6 +89,7 @@ def load_for_sampling(args: argparse.Namespace, device: torch.device) -> LoadedM
             f"the VAE {vae_name} has {vae.channels} latent channels, the model has "
             f"{model.in_channels}; give the model's own --vae"
         )
+    _check_vae_for_sampling(vae, vae_name, info.features, is_chosen=args.vae is not None)
     model.set_attention(args.attention)
     if args.precision == "bf16":
         round_weights(model)
@@ -92,24 +97,129 @@ def load_for_sampling(args: argparse.Namespace, device: torch.device) -> LoadedM
     return LoadedModel(model.to(device), vae, vae_name, image_size, info)
 
 
-def settings_of(loaded: LoadedModel, config: SamplingConfig, weights: str) -> dict[str, Any]:
+def settings_of(loaded: LoadedModel, config: SamplingConfig) -> dict[str, Any]:
     """The settings of images, for the record; see :func:`edt.sampling.sidecar.sample_settings`.
 
     Args:
         loaded: the model, with AMM already switched on or off.
         config: how images are sampled.
-        weights: "ema" or "model".
     """
     return sample_settings(
         config,
         loaded.model.config,
         loaded.model.modulations,
-        weights,
+        loaded.info.weights,
         loaded.info.weights_sha256,
         loaded.vae_name,
         loaded.vae.sha256,
         loaded.image_size,
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# The VAE of features
+
+
+def _check_vae_for_sampling(vae: VAE, name: str, features: FeatureInfo, is_chosen: bool) -> None:
+    """Check that a VAE decodes a model's latents, and let it scale them as the model's features.
+
+    Args:
+        vae: the VAE.
+        name: its name.
+        features: those that the model was trained on.
+        is_chosen: whether the user chose it. Another decoder may then be meant.
+
+    Raises:
+        UserError: the features were made with other weights of that name, or were scaled
+            differently.
+    """
+    if _may_be_of(features, name, vae):
+        _scale_as(features, vae)
+        return
+    if not is_chosen:
+        raise UserError(
+            f"the weights of the VAE {name} are not those that the model's features were made "
+            "with; give the right VAE as --vae, or this one to use it all the same"
+        )
+    scale = (features.scaling_factor, features.shift_factor or 0.0)
+    if features.scaling_factor is not None and scale != (vae.scaling_factor, vae.shift_factor):
+        raise UserError(
+            f"the VAE {name} scales its latents by {vae.scaling_factor} and shifts them by "
+            f"{vae.shift_factor}, the model's features by {scale[0]} and {scale[1]}; "
+            "give the model's own --vae"
+        )
+    logger.warning(
+        "the VAE %s is not the one that the model's features were made with, %s",
+        name,
+        features.vae,
+    )
+
+
+def load_vae_for_training(
+    name: str | None, features: Features, is_needed: bool, device: torch.device
+) -> VAE | None:
+    """Check that --vae is the VAE of the features, and load it where it is needed.
+
+    Args:
+        name: --vae; None takes the one of the features.
+        features: their manifest says how they were made.
+        is_needed: whether images will be decoded; else None is returned.
+        device: where the VAE computes.
+
+    Raises:
+        UserError: it cannot be loaded, or the features were made with another one.
+    """
+    info = features.info()
+    source = name or info.vae or "ema"
+    # A name of the hub stands for the same weights every time; what is in a folder may change.
+    is_same_name = source == info.vae and not Path(vae_source(source)).is_dir()
+    if not is_needed and (name is None or info.vae is None or is_same_name):
+        return None
+    if source != info.vae and info.vae is not None and "pixels" in (source, info.vae):
+        raise _wrong_vae(features, name, source)  # no weights can make them the same
+    vae = load_vae(source, device)
+    if not _may_be_of(info, source, vae):
+        raise _wrong_vae(features, name, source)
+    if vae.channels != features.latent_shape[0]:
+        raise UserError(
+            f"the VAE {source} has {vae.channels} latent channels, the features in "
+            f"{features.path} have {features.latent_shape[0]}; give their own --vae"
+        )
+    _scale_as(info, vae)
+    return vae if is_needed else None
+
+
+def _wrong_vae(features: Features, name: str | None, source: str) -> UserError:
+    """The error for a VAE that is not the one of the features."""
+    vae = features.info().vae
+    other = f"what is now {source}" if source == vae else source
+    remedy = "leave --vae out, or extract such features into a new --features-path"
+    if name is None:
+        remedy = "give --vae the one that made them, or leave --sample-every out"
+    return UserError(f"the features in {features.path} have vae {vae}, not {other}; {remedy}")
+
+
+def _may_be_of(features: FeatureInfo, name: str, vae: VAE) -> bool:
+    """Whether features were made with a VAE, by its hash, else by its name; True if unknown."""
+    if features.vae is None:
+        return True
+    if None in (features.vae_sha256, vae.sha256):
+        return features.vae == name
+    return features.vae_sha256 == vae.sha256
+
+
+def _scale_as(features: FeatureInfo, vae: VAE) -> None:
+    """Let a VAE scale its latents as the features are, if that is known.
+
+    Features of versions that did not know shifts have none.
+    """
+    if features.scaling_factor is not None:
+        vae.scaling_factor = features.scaling_factor
+        vae.shift_factor = features.shift_factor or 0.0
+
+
+# ---------------------------------------------------------------------------------------------
+# AMM
 
 
 def set_amm_from_arguments(model: DiffusionTransformer, args: argparse.Namespace) -> None:

@@ -113,7 +113,7 @@ def grid_settings(
     args: argparse.Namespace, loaded: LoadedModel, config: SamplingConfig, classes: list[int]
 ) -> dict[str, Any]:
     """Everything that the picture depends on, as JSON values."""
-    settings = settings_of(loaded, config, args.weights)
+    settings = settings_of(loaded, config)
     del settings["labels"]  # the classes take their place
     return {
         **settings,

@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     folder_path = Path(args.output_dir) / folder_name(
         name, Path(args.ckpt), loaded, config, model.modulations
     )
-    open_sample_folder(folder_path, settings_of(loaded, config, args.weights))
+    open_sample_folder(folder_path, settings_of(loaded, config))
 
     archive = SampleArchive(folder_path, (args.num_images, loaded.image_size, loaded.image_size, 3))
     archive.open()

@@ -6,6 +6,7 @@ accelerate launch --multi_gpu --num_processes 8 train_mask_adan.py --model EDT-S
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -24,11 +25,10 @@ from edt.cli.arguments import (
     path_or_none,
     set_defaults_from,
 )
-from edt.cli.build import check_speed_options
+from edt.cli.build import check_speed_options, load_vae_for_training
 from edt.cli.main import exit_on_user_error
 from edt.data.batches import steps_per_epoch
 from edt.data.features import Features, open_features
-from edt.data.vae import load_vae
 from edt.diffusion import TIMESTEP_SAMPLERS
 from edt.masking import MASKINGS
 from edt.registry import MODELS, create_model
@@ -74,7 +74,9 @@ def parser() -> argparse.ArgumentParser:
         help="fail if the features differ in image size; default: theirs",
     )
     p.add_argument(
-        "--vae", help="fail if the features were extracted with another VAE; default: theirs"
+        "--vae",
+        help="fail if the features were extracted with another VAE; --sample-every uses it; "
+        "default: theirs",
     )
     _add_run_arguments(p.add_argument_group("run"))
     _add_method_arguments(p.add_argument_group("method"))
@@ -241,13 +243,16 @@ def main(argv: list[str] | None = None) -> int:
     config: TrainConfig = from_arguments(TrainConfig, args)
 
     features = open_features(args.feature_path)
-    features.validate_against(args.image_size, args.vae, args.num_classes)
+    features.validate_against(args.image_size, args.num_classes)
     info = features.info()
     epoch_steps = steps_per_epoch(len(features), config.global_batch_size)
     args.max_steps = args.max_steps or args.epochs * epoch_steps
     loop_config: LoopConfig = from_arguments(LoopConfig, args)
     trainer, report = create_trainer(args, config, features, info.image_size)
     accelerator, model_config = trainer.accelerator, trainer.model.config
+    vae = load_vae_for_training(args.vae, features, bool(args.sample_every), accelerator.device)
+    if args.vae and info.vae:  # the same VAE, which may have moved
+        info = dataclasses.replace(info, vae=args.vae)
 
     # The first process decides: the others may see the results folder a moment later.
     folder, resume = broadcast_object_list([*resolve_run_dir(args)])
@@ -271,7 +276,6 @@ def main(argv: list[str] | None = None) -> int:
             drop_rows_after(run_dir.metrics, trainer.step)
         if args.tracker:
             start_tracker(accelerator, args.tracker, folder, vars(args))
-        vae = load_vae(info.vae or "ema", accelerator.device) if args.sample_every else None
         code = training_loop(trainer, features, run_dir, loop_config, vae)
     accelerator.end_training()
     return code

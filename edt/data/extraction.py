@@ -126,7 +126,7 @@ class Extraction:
             "flips": flips if config.flip else "none",
             "scaling_factor": vae.scaling_factor,
             "crop": "center",
-            "vae": {"id": vae_name, "sha256": vae.sha256},
+            "vae": _vae_settings(vae_name, vae),
             "classes": images.folder.classes,
             "images_sha256": images.paths_sha256(),
             **dataclasses.asdict(config),
@@ -343,6 +343,12 @@ class Extraction:
 
 def _is_finite(file: Path) -> bool:
     return bool(np.isfinite(np.load(file, mmap_mode="r", allow_pickle=False)).all())
+
+
+def _vae_settings(name: str, vae: VAE) -> dict[str, Any]:
+    """The manifest's entry for the VAE. Its name is only a name; hash and shift are compared."""
+    settings = {"id": name, "sha256": vae.sha256}
+    return {**settings, "shift_factor": vae.shift_factor} if vae.shift_factor else settings
 
 
 def _save(file: Path, array: np.ndarray, durable: bool = True) -> None:

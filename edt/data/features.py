@@ -11,6 +11,7 @@ and training draws a new flip and a new sample in every epoch.
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -61,16 +62,19 @@ class FeatureInfo:
     """Name of the VAE, as the user gave it."""
     vae_sha256: str | None = None
     """Hash of the VAE's weights; None for pixels, which have none."""
+    shift_factor: float | None = None
+    """This was subtracted from the VAE's own latents before they were scaled; None: nothing."""
+    content_sha256: str | None = None
+    """Hash of the stored values and of the labels; None in the npy layout, which has no hashes."""
 
     def to_dict(self) -> dict[str, Any]:
         """The known fields, as values for JSON."""
-        known = {
-            name: value for name, value in dataclasses.asdict(self).items() if value is not None
+        # With a VAE known, a hash of None is known too: the VAE has no weights.
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if value is not None or (name == "vae_sha256" and self.vae is not None)
         }
-        if self.vae is not None:
-            # Recorded even if it is None: then the VAE is known to have no weights.
-            known["vae_sha256"] = self.vae_sha256
-        return known
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FeatureInfo":
@@ -106,31 +110,24 @@ class Features(torch.utils.data.Dataset[Batch]):
         return self.manifest.get("draw") == "fresh"
 
     def validate_against(
-        self, image_size: int | None = None, vae: str | None = None, num_classes: int | None = None
+        self, image_size: int | None = None, num_classes: int | None = None
     ) -> None:
         """Compare the features with the user's expectations, and fix the number of classes.
 
         Args:
             image_size: side of the images in pixels; None expects nothing.
-            vae: name of the VAE, as it was given to the extraction; None expects nothing.
             num_classes: number of classes of the model. None takes the manifest's, or ImageNet's
                 1000 without a manifest. With 0, an unconditional model, every label becomes 0.
 
         Raises:
             UserError: an expectation is not met, or a label is outside the classes.
         """
-        info = self.info()
-        comparisons = (
-            ("image_size", info.image_size, image_size),
-            ("vae", info.vae, vae),
-        )
-        for name, actual, expected in comparisons:
-            if None not in (actual, expected) and actual != expected:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(
-                    f"the features in {self.path} have {name} {actual}, not {expected}; "
-                    f"leave {flag} out, or extract such features into a new --features-path"
-                )
+        actual = self.manifest.get("image_size")
+        if None not in (actual, image_size) and actual != image_size:
+            raise UserError(
+                f"the features in {self.path} have image_size {actual}, not {image_size}; "
+                "leave --image-size out, or extract such features into a new --features-path"
+            )
         if num_classes is None:
             num_classes = self.num_classes if self.num_classes is not None else 1000
         largest = self.labels.max()
@@ -159,7 +156,13 @@ class Features(torch.utils.data.Dataset[Batch]):
             extraction_seed=manifest.get("seed"),
             vae=vae.get("id"),
             vae_sha256=vae.get("sha256"),
+            shift_factor=vae.get("shift_factor"),
+            content_sha256=self._content_sha256(),
         )
+
+    def _content_sha256(self) -> str | None:
+        """See :class:`FeatureInfo`."""
+        return None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -243,6 +246,12 @@ class PackedFeatures(Features):
         labels = map_array(path / LABELS_FILE, (manifest["count"],), "int64")
         channels = shape[-3] // 2 if fresh else shape[-3]
         super().__init__(path, manifest, np.array(labels), (channels, *shape[-2:]))
+
+    def _content_sha256(self) -> str | None:
+        hashes = [shard.get("sha256") for shard in self.manifest["shards"]]
+        if None in hashes:
+            return None
+        return hashlib.sha256("".join(hashes).encode() + self.labels.tobytes()).hexdigest()
 
     def _read(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
         owners = np.searchsorted(self.starts, indices, side="right") - 1

@@ -1,4 +1,7 @@
-"""Images to latents and back: the SD-VAE through diffusers, or no VAE at all ("pixels")."""
+"""Images to latents and back: the SD-VAE through diffusers, or no VAE at all ("pixels").
+
+:mod:`edt.data.vae_files` finds the files of a VAE and checks them.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from edt.data.vae_files import load_autoencoder
 from edt.utils.errors import UserError
 
 # Images decoded at once. The last layers hold 34 MB per tensor and image of 256 x 256 pixels (128
@@ -20,14 +24,16 @@ class VAE(Protocol):
     Attributes:
         channels: C, channels of a latent.
         downsampling: image pixels per latent pixel along one side, so H = downsampling * h.
-        scaling_factor: the autoencoder's latents are multiplied by this factor, which brings them
-            to about unit variance, as diffusion expects.
+        scaling_factor, shift_factor: a latent is (the autoencoder's latent - shift_factor) *
+            scaling_factor, which has about zero mean and unit variance, as diffusion expects. The
+            SD-VAE has no shift; its shift_factor is 0.
         sha256: of the weights; None without weights.
     """
 
     channels: int
     downsampling: int
     scaling_factor: float
+    shift_factor: float
     sha256: str | None
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +54,7 @@ class PixelVAE(VAE):
     channels = 3
     downsampling = 1
     scaling_factor = 1.0
+    shift_factor = 0.0
     sha256 = None
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +67,7 @@ class PixelVAE(VAE):
 
 
 class LatentVAE(VAE):
-    """A diffusers ``AutoencoderKL`` with its scaling factor.
+    """A diffusers ``AutoencoderKL`` with its scaling and shift.
 
     Args:
         autoencoder: the ``AutoencoderKL``, in the precision of its file. It is converted in place.
@@ -71,7 +78,8 @@ class LatentVAE(VAE):
         self.channels = autoencoder.config.latent_channels
         # Every block but the last of the encoder halves the image.
         self.downsampling = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-        self.scaling_factor = autoencoder.config.scaling_factor
+        self.scaling_factor = float(autoencoder.config.scaling_factor)
+        self.shift_factor = float(autoencoder.config.shift_factor or 0)
         # Hashed before the conversion, so that the hash does not depend on dtype.
         self.sha256 = _weights_sha256(autoencoder.state_dict())
         # diffusers' own .to() warns about layers that need float32; an autoencoder has none.
@@ -86,14 +94,15 @@ class LatentVAE(VAE):
         """See :meth:`VAE.encode`."""
         posterior = self.autoencoder.encode(images.to(self.autoencoder.dtype)).latent_dist
         return (
-            posterior.mean.float() * self.scaling_factor,
+            (posterior.mean.float() - self.shift_factor) * self.scaling_factor,
             posterior.std.float() * self.scaling_factor,
         )
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """See :meth:`VAE.decode`. At most ``DECODE_BATCH`` images are decoded at once."""
-        parts = (latents / self.scaling_factor).to(self.autoencoder.dtype).split(DECODE_BATCH)
+        own_latents = latents / self.scaling_factor + self.shift_factor
+        parts = own_latents.to(self.autoencoder.dtype).split(DECODE_BATCH)
         return torch.cat([self.autoencoder.decode(part).sample.float() for part in parts])
 
 
@@ -129,27 +138,17 @@ def load_vae(
     """Load a VAE.
 
     Args:
-        name: "pixels" for no VAE; or "ema", "mse" (see :func:`vae_source`), a folder with an
-            ``AutoencoderKL``, or a hub id.
+        name: "pixels" for no VAE; or "ema", "mse" (see :func:`vae_source`), a
+            folder with an ``AutoencoderKL`` or with a pipeline around one, or a hub id of such.
         device: where the VAE computes.
         dtype: precision of its arithmetic; inputs and outputs are float32 in any case.
 
     Raises:
-        UserError: there is no such VAE, or it cannot be fetched.
+        UserError: there is no such VAE, it cannot be fetched, or it is incomplete.
     """
     if name == "pixels":
         return PixelVAE()
-    from diffusers import AutoencoderKL  # slow to import, and pixels do without
-
-    source = vae_source(name)
-    try:
-        return LatentVAE(AutoencoderKL.from_pretrained(source).to(device), dtype)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            f"cannot load the VAE {source} ({reason}); "
-            "give --vae a folder with a diffusers AutoencoderKL, a hub id, or pixels"
-        ) from None
+    return LatentVAE(load_autoencoder(vae_source(name)).to(device), dtype)
 
 
 def latent_shape(vae: VAE, image_size: int) -> tuple[int, int, int]:

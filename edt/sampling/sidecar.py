@@ -41,7 +41,7 @@ def sample_settings(
         config: how they are sampled.
         model: configuration of the network, a dataclass.
         modulations: the AMM in use.
-        weights: "ema" or "model".
+        weights: which weights they are, see edt.checkpoints.loading.CheckpointInfo.
         weights_sha256: hash of the file that the weights were read from.
         vae: name of the VAE.
         vae_sha256: hash of its weights; None for "pixels", which has none.

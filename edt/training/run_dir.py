@@ -32,6 +32,7 @@ from edt.utils.files import differences, make_folder, read_json
 
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
+CONTENT = "content_sha256"  # field of FeatureInfo
 
 
 # ---------------------------------------------------------------------------------------------
@@ -236,11 +237,9 @@ class RunDirectory:
             )
         state = read_checkpoint(checkpoint)
         saved_config = dataclasses.asdict(TrainConfig.from_dict(state.config))
-        # An old checkpoint knows less about its features. What it knows is compared.
-        features = {name: self.features.get(name) for name in saved_features}
         parts = (
             differences(saved_config, dataclasses.asdict(config)),
-            differences(saved_features, features),
+            _feature_differences(saved_features, self.features),
         )
         differing = ", ".join(part for part in parts if part)
         if differing and not allow_changes:
@@ -251,6 +250,21 @@ class RunDirectory:
         if differing:
             logger.warning("continuing with different settings: %s", differing)
         return state
+
+
+def _feature_differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
+    """Describe how the features differ from those of a checkpoint; "" if they do not.
+
+    Features of the same content are the same, whatever was recorded of their making.
+    """
+    both_contents = saved.get(CONTENT), current.get(CONTENT)
+    if None not in both_contents and both_contents[0] == both_contents[1]:
+        return ""
+    # An old checkpoint knows less about its features. What both know of it is compared.
+    names = [name for name in saved if name != CONTENT or None not in both_contents]
+    return differences(
+        {name: saved[name] for name in names}, {name: current.get(name) for name in names}
+    )
 
 
 def _with_image_size(model: EDTConfig, features: dict[str, Any]) -> EDTConfig:

@@ -139,9 +139,24 @@ def check_settings(folder: Path, recorded: dict, settings: dict, remedy: str) ->
 
 
 def differences(old: dict, new: dict) -> str:
-    """Describe the values that differ as "name: old -> new, ..."; "" if none do."""
-    names = [name for name in old | new if old.get(name) != new.get(name)]
+    """Describe the values that differ as "name: old -> new, ..."; "" if none do.
+
+    A hash decides over the name beside it: "vae" is the name of what has the hash "vae_sha256", and
+    "id" of what has the hash "sha256". Where the hashes are the same, the names may differ.
+    """
+    names = [name for name in old | new if not _is_same(name, old, new)]
     return ", ".join(_difference(name, old.get(name), new.get(name)) for name in names)
+
+
+def _is_same(name: str, old: dict, new: dict) -> bool:
+    """Whether both have one value under this name, or the same hash for it."""
+    hash_name = "sha256" if name == "id" else f"{name}_sha256"
+    if old.get(hash_name) is not None and old.get(hash_name) == new.get(hash_name):
+        return True
+    old_value, new_value = old.get(name), new.get(name)
+    if isinstance(old_value, dict) and isinstance(new_value, dict):
+        return not differences(old_value, new_value)
+    return old_value == new_value
 
 
 def _difference(name: str, old: object, new: object) -> str:

@@ -10,6 +10,7 @@ from edt.utils.errors import UserError
 WeightsFormat = Literal["torch", "safetensors", "index"]
 
 ARCHIVES = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z"}
+ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"  # then the protocol's number
 LEGACY_TORCH = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # the number that torch.save before 1.6 writes first
 LARGEST_HEADER = 100_000_000  # bytes; safetensors itself accepts no longer header
@@ -40,7 +41,11 @@ def weights_format(path: Path) -> WeightsFormat:
         raise UserError(
             f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its folder"
         )
-    if head.startswith(b"PK"):
+    # First, since the bytes of its length can be those that other formats begin with.
+    header_size = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and header_size < LARGEST_HEADER:
+        return _check_safetensors(path, header_size, size)
+    if head.startswith(ZIP):
         return _check_zip(path)
     if head.startswith(PICKLE):
         if LEGACY_TORCH in head[:32]:
@@ -48,9 +53,6 @@ def weights_format(path: Path) -> WeightsFormat:
         raise UserError(
             f"{path} is a Python pickle, which could run code; save its weights with torch.save"
         )
-    header_size = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and header_size < LARGEST_HEADER:
-        return _check_safetensors(path, header_size, size)
     return _check_others(path, head)
 
 

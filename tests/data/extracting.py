@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import save_tiny_vae as save_tiny_vae  # where tests of other folders find it
 
 import extract_features
 from edt.data.features import Features, open_features
@@ -25,16 +26,3 @@ def read_all(folder: Path, flip: int = 0) -> tuple[Features, torch.Tensor, torch
     features = open_features(folder)
     batch = features[np.arange(len(features)), np.full(len(features), flip)]
     return features, batch.stored, batch.labels
-
-
-def save_tiny_vae(folder: Path) -> None:
-    """Save a VAE of the SD-VAE's form, with few channels: eight pixels to one."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        norm_num_groups=4,
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-    ).save_pretrained(folder)

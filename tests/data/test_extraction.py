@@ -18,6 +18,7 @@ import torch
 from conftest import HUGE_PNG, ROOT, fails, run_script
 from extracting import arguments, extract, read_all, save_tiny_vae
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import extract_features
 from edt.data.extraction import Extraction, ExtractionConfig
@@ -254,6 +255,27 @@ def test_features_of_different_settings_are_refused(more, features, image_folder
         extract_features.main(arguments(image_folder, features, *more))
     assert error.value.code == 2
     assert "was made with different settings" in capsys.readouterr().err
+
+
+def test_a_vae_is_known_by_its_weights_not_by_its_path(large_images, vae, tmp_path, capsys):
+    extract(large_images, tmp_path / "f", vae=vae)
+    before = data_files(tmp_path / "f")
+    moved = shutil.copytree(vae, tmp_path / "moved")
+    (tmp_path / "f" / "shard-00000.npy").unlink()
+    extract(large_images, tmp_path / "f", vae=moved)
+    after = data_files(tmp_path / "f")
+    assert before.keys() == after.keys()
+    for name in before.keys() - {"manifest.json"}:  # which names the VAE that was given last
+        assert before[name] == after[name], name
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "shift_factor": 0.5}))
+    argv = arguments(large_images, tmp_path / "f", vae=moved)
+    assert "'shift_factor': 0.5" in fails(extract_features.main, argv, capsys)
+    (moved / "config.json").write_text(json.dumps(config))
+    weights = load_file(moved / "diffusion_pytorch_model.safetensors")
+    weights["decoder.conv_in.bias"] += 1
+    save_file(weights, moved / "diffusion_pytorch_model.safetensors")
+    assert "made with different settings (vae" in fails(extract_features.main, argv, capsys)
 
 
 @pytest.mark.parametrize(

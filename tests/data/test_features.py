@@ -41,7 +41,7 @@ def test_a_release_folder_without_manifest_is_read(tmp_path):
     assert labels.tolist() == list(range(0, 960, 80))
     assert features.latent_shape == (4, 8, 8)
     assert features.num_classes is None
-    features.validate_against(image_size=256, vae="ema")  # unknown, so nothing to compare
+    features.validate_against(image_size=256)  # unknown, so nothing to compare
     assert features.num_classes == 1000
     assert features.info().to_dict() == {"count": 12}
 
@@ -86,7 +86,6 @@ def change_manifest(folder, **changes):
     ("expectation", "message"),
     [
         ({"image_size": 32}, "image_size 16, not 32; leave --image-size out"),
-        ({"vae": "ema"}, "vae pixels, not ema; leave --vae out"),
         ({"num_classes": 2}, "label 2, beyond --num-classes 2; give at least 3"),
     ],
 )
@@ -98,7 +97,7 @@ def test_features_that_are_not_as_expected_are_refused(expectation, message, fea
 
 def test_the_number_of_classes_is_fixed(features):
     opened = open_features(features)
-    opened.validate_against(image_size=16, vae="pixels")
+    opened.validate_against(image_size=16)
     assert opened.num_classes == 3
     opened.validate_against(num_classes=7)
     assert opened.num_classes == 7
@@ -112,7 +111,7 @@ def test_without_classes_every_label_is_zero(features):
     assert not opened.labels.any()
 
 
-# The record in checkpoints. Its keys and their order never changed.
+# The record in checkpoints. Keys were added at its end; nothing else ever changed.
 INFO = {
     "count": 40,
     "image_size": 16,
@@ -129,8 +128,26 @@ INFO = {
 
 def test_checkpoints_record_what_they_always_did(features):
     info = open_features(features).info()
-    assert json.dumps(info.to_dict()) == json.dumps(INFO)
-    assert FeatureInfo.from_dict(INFO) == info
+    record = info.to_dict()
+    assert FeatureInfo.from_dict(record) == info
+    assert len(record.pop("content_sha256")) == 64
+    assert json.dumps(record) == json.dumps(INFO)
+
+
+def test_the_hash_of_the_content_is_of_values_and_labels(image_folder, features, tmp_path):
+    content = open_features(features).info().content_sha256
+    # No flip is drawn and nothing is random, so the seed is but recorded.
+    for name, options in (("a", ()), ("b", ("--global-seed", 7)), ("c", ("--shard-size", 39))):
+        extract(image_folder, tmp_path / name, "--no-flip", *options)
+    infos = [open_features(tmp_path / name).info() for name in "abc"]
+    assert infos[0].content_sha256 == infos[1].content_sha256
+    assert infos[0].extraction_seed != infos[1].extraction_seed
+    assert len({content, *(info.content_sha256 for info in infos)}) == 3
+    labels = np.load(tmp_path / "a" / "labels.npy")
+    np.save(tmp_path / "a" / "labels.npy", labels[::-1])
+    assert open_features(tmp_path / "a").info().content_sha256 != infos[0].content_sha256
+    extract(image_folder, tmp_path / "npy", "--layout", "npy")
+    assert open_features(tmp_path / "npy").info().content_sha256 is None
 
 
 def test_a_record_may_lack_fields_or_have_unknown_ones():
@@ -138,4 +155,8 @@ def test_a_record_may_lack_fields_or_have_unknown_ones():
     assert info == FeatureInfo(draw="once", vae="ema", vae_sha256="ab")
     assert info.to_dict() == {"draw": "once", "vae": "ema", "vae_sha256": "ab"}
     assert FeatureInfo().to_dict() == {}
-    assert [field.name for field in dataclasses.fields(FeatureInfo)] == list(INFO)
+    assert [field.name for field in dataclasses.fields(FeatureInfo)] == [
+        *INFO,
+        "shift_factor",
+        "content_sha256",
+    ]

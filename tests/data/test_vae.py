@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import golden_rule
 import pytest
 import torch
@@ -66,6 +69,24 @@ def test_latents_are_those_of_the_autoencoder_scaled(vae, images):
     torch.testing.assert_close(deviation, 0.18215 * posterior.std)
     torch.testing.assert_close(
         vae.decode(latents), vae.autoencoder.decode(latents / 0.18215).sample
+    )
+
+
+def test_a_shift_is_taken_off_before_scaling_and_put_back(vae, folder, images, tmp_path):
+    """As diffusers' pipelines do for the VAEs of Stable Diffusion 3 and Flux."""
+    shutil.copytree(folder, tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    config |= {"shift_factor": 0.0609, "scaling_factor": 1.5305}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    shifted = load_vae(str(tmp_path / "vae"))
+    assert (shifted.scaling_factor, shifted.shift_factor) == (1.5305, 0.0609)
+    assert vae.shift_factor == PixelVAE().shift_factor == 0
+    posterior = vae.autoencoder.encode(images).latent_dist
+    latents, deviation = shifted.encode(images)
+    torch.testing.assert_close(latents, (posterior.mean - 0.0609) * 1.5305)
+    torch.testing.assert_close(deviation, posterior.std * 1.5305)
+    torch.testing.assert_close(
+        shifted.decode(latents), vae.autoencoder.decode(posterior.mean).sample
     )
 
 

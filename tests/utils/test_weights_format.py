@@ -91,6 +91,15 @@ def test_other_files_say_what_they_are(name, message, suffix, tmp_path):
         weights_format(path)
 
 
+@pytest.mark.parametrize("header_size", [0x180, 0x4B50, 0x8B1F])
+def test_a_safetensors_file_may_begin_like_another_format(header_size, tmp_path):
+    """The length of its header stands first: here with the bytes of a pickle, a zip and a gzip."""
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    content = header_size.to_bytes(8, "little") + header.ljust(header_size) + bytes(4)
+    (tmp_path / "file").write_bytes(content)
+    assert weights_format(tmp_path / "file") == "safetensors"
+
+
 @pytest.mark.parametrize("name", ["torch", "safetensors"])
 @pytest.mark.parametrize("part", [0.01, 0.5, 0.999])
 def test_a_file_that_is_cut_short_says_so(name, part, tmp_path):

@@ -1,0 +1,138 @@
+"""Broken and foreign VAEs are refused when they are loaded, in one line."""
+
+import json
+import shutil
+import socket
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import fails
+from extracting import save_tiny_vae
+from safetensors.torch import load_file, save_file
+
+import extract_features
+from edt.data.vae import load_vae
+from edt.utils.errors import UserError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    save_tiny_vae(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    """A copy that a test may break."""
+    return shutil.copytree(whole, tmp_path / "vae")
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / WEIGHTS)
+    change(weights)
+    save_file(weights, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda f: change_weights(f, lambda w: w.pop("decoder.conv_in.bias")),
+            "(1 tensors are missing, such as decoder.conv_in.bias)",
+        ),
+        (
+            lambda f: change_weights(
+                f, lambda w: w.update({"decoder.conv_in.bias": torch.zeros(3)})
+            ),
+            "decoder.conv_in.bias expected shape",
+        ),
+        (lambda f: (f / WEIGHTS).unlink(), "diffusion_pytorch_model"),
+        (lambda f: (f / WEIGHTS).write_text("<html>"), f"{WEIGHTS} is an HTML page"),
+        (
+            lambda f: (f / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\n"),
+            f"{WEIGHTS} is a Git LFS pointer",
+        ),
+        (
+            lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:5000]),
+            f"{WEIGHTS} is cut short after 5000 bytes",
+        ),
+        (lambda f: (f / "config.json").unlink(), "(config.json is missing)"),
+        (lambda f: (f / "config.json").write_text("{"), "not a valid JSON file"),
+        (
+            lambda f: change_config(f, scaling_factor=None),
+            "scaling_factor in its config.json is nu",
+        ),
+        (lambda f: change_config(f, scaling_factor=0), "scaling_factor in its config.json is 0)"),
+        (lambda f: change_config(f, scaling_factor=float("nan")), "config.json is NaN)"),
+        (lambda f: change_config(f, shift_factor="a"), 'shift_factor in its config.json is "a")'),
+        (lambda f: change_config(f, latents_mean=[0.0] * 4), "latents_mean are not supported"),
+        (lambda f: change_config(f, _class_name="VQModel"), "(it is a VQModel)"),
+    ],
+)
+def test_a_broken_vae_is_refused_before_work(damage, message, folder, image_folder, capsys):
+    damage(folder)
+    argv = ["--data-path", image_folder, "--features-path", folder / "out", "--vae", folder]
+    assert message in fails(extract_features.main, [*argv, "--image-size", 64], capsys)
+    assert not (folder / "out").exists()
+
+
+def test_the_file_that_is_not_read_does_not_matter(folder, whole):
+    """A clone whose .bin files were left on the server holds pointers to them."""
+    (folder / "diffusion_pytorch_model.bin").write_text("version https://git-lfs.github.com/s\n")
+    assert load_vae(str(folder)).sha256 == load_vae(str(whole)).sha256
+    change_config(folder, latent_channels=16)
+    with pytest.raises(UserError, match="expected shape"):
+        load_vae(str(folder))
+
+
+def test_a_pipeline_lends_its_vae(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "pipeline" / "vae")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    assert load_vae(str(tmp_path / "pipeline")).sha256 == load_vae(str(whole)).sha256
+    change_config(tmp_path / "pipeline" / "vae", scaling_factor=None)
+    with pytest.raises(UserError, match="scaling_factor"):
+        load_vae(str(tmp_path / "pipeline"))
+
+
+def test_a_file_and_an_absent_folder_are_named(whole, tmp_path):
+    for name, message in (
+        (str(whole / WEIGHTS), "it is a file"),
+        (str(tmp_path / "absent"), "there is no such folder"),
+        ("../absent", "there is no such folder"),
+        ("absent", "there is no such folder"),
+    ):
+        with pytest.raises(UserError, match=f"cannot load the VAE {name} .{message}"):
+            load_vae(name)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_network_one_line_says_what_to_do(
+    offline, image_folder, tmp_path, monkeypatch, capfd
+):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = f"http://127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.chdir(tmp_path)
+    # The variables HF_HUB_OFFLINE and HF_ENDPOINT are read when the module is loaded.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    argv = ["--data-path", str(image_folder), "--features-path", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as error:
+        extract_features.main([*argv, "--image-size", "64"])
+    assert error.value.code == 2
+    (message,) = [line for line in capfd.readouterr().err.splitlines() if "rror" in line]
+    reason = "HF_HUB_OFFLINE is set" if offline else f"no network: {closed} cannot be reached"
+    assert "cannot load the VAE stabilityai/sd-vae-ft-ema" in message
+    assert reason in message
+    assert "put a clone of it into the working directory" in message
+    assert "Retrying" not in message
+    assert not (tmp_path / "out").exists()
