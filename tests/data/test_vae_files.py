@@ -114,25 +114,46 @@ def test_a_file_and_an_absent_folder_are_named(whole, tmp_path):
             load_vae(name)
 
 
+@pytest.fixture
+def closed(tmp_path, monkeypatch):
+    """A machine without a network, and with an empty cache; the address that does not answer."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    # The variables HF_HUB_OFFLINE, HF_ENDPOINT and HF_HUB_CACHE are read when the module is loaded.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return address
+
+
 @pytest.mark.parametrize("offline", [True, False])
 def test_without_a_network_one_line_says_what_to_do(
-    offline, image_folder, tmp_path, monkeypatch, capfd
+    offline, closed, image_folder, tmp_path, monkeypatch, capfd
 ):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        closed = f"http://127.0.0.1:{server.getsockname()[1]}"
-    monkeypatch.chdir(tmp_path)
-    # The variables HF_HUB_OFFLINE and HF_ENDPOINT are read when the module is loaded.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     argv = ["--data-path", str(image_folder), "--features-path", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as error:
         extract_features.main([*argv, "--image-size", "64"])
     assert error.value.code == 2
-    (message,) = [line for line in capfd.readouterr().err.splitlines() if "rror" in line]
+    text = capfd.readouterr().err
+    assert "Retrying" not in text
+    message = text.splitlines()[-1]
     reason = "HF_HUB_OFFLINE is set" if offline else f"no network: {closed} cannot be reached"
     assert "cannot load the VAE stabilityai/sd-vae-ft-ema" in message
     assert reason in message
     assert "put a clone of it into the working directory" in message
-    assert "Retrying" not in message
     assert not (tmp_path / "out").exists()
+
+
+def test_without_a_network_the_cache_is_used(closed, whole, tmp_path, capfd):
+    """A pipeline's VAE; the cache of the hub keeps a folder for each commit."""
+    repository = tmp_path / "cache" / "models--some--pipeline"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(whole, repository / "snapshots" / ("a" * 40) / "vae")
+    assert load_vae("some/pipeline").sha256 == load_vae(str(whole)).sha256
+    assert "Retrying" not in capfd.readouterr().err
+    (repository / "snapshots" / ("a" * 40) / "vae" / WEIGHTS).unlink()
+    with pytest.raises(UserError, match="no network"):
+        load_vae("some/pipeline")
