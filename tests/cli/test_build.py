@@ -67,10 +67,9 @@ def saved_features(run: Path, step: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def run_of_latents(latents, vae, tmp_path_factory) -> Path:
-    """A run that was given its VAE at another path."""
+def run_of_latents(latents, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("run") / "run"
-    assert train_mask_adan.main(train(latents, run, 1, "--vae", vae, "--sample-every", 99)) == 0
+    assert train_mask_adan.main(train(latents, run, 1)) == 0
     return run
 
 
@@ -89,10 +88,13 @@ def other_vae(vae: Path, folder: Path, **config: object) -> Path:
 # Training
 
 
-def test_a_moved_vae_is_that_of_the_features(run_of_latents, vae):
-    features = saved_features(run_of_latents, 1)
+def test_a_moved_vae_is_that_of_the_features(latents, vae, tmp_path):
+    run = tmp_path / "run"
+    assert train_mask_adan.main(train(latents, run, 1, "--vae", vae, "--sample-every", 99)) == 0
+    features = saved_features(run, 1)
     assert features["vae"] == str(vae)
     assert len(features["vae_sha256"]) == 64
+    assert load(run).vae_name == str(vae)
 
 
 def test_another_vae_is_refused_before_the_run_starts(latents, vae, tmp_path, capsys):
@@ -145,10 +147,10 @@ def test_a_run_continues_with_features_of_the_same_bytes(
     renamed = shutil.copytree(images, tmp_path / "images")
     (renamed / "ant" / "0.png").rename(renamed / "ant" / "00.png")
     extract_latents(renamed, tmp_path / "same", vae, "--no-flip")
+    assert train_mask_adan.main(train(tmp_path / "same", run, 2)) == 0
     before, after = (open_features(path).info() for path in (latents, tmp_path / "same"))
     assert before.images_sha256 != after.images_sha256
     assert before.content_sha256 == after.content_sha256
-    assert train_mask_adan.main(train(tmp_path / "same", run, 2)) == 0
     assert saved_features(run, 2)["images_sha256"] == after.images_sha256
 
     shard = tmp_path / "same" / "shard-00000.npy"
@@ -191,8 +193,8 @@ def test_a_moved_vae_samples_into_the_same_folder(run_of_latents, vae, tmp_path,
 
 
 @pytest.mark.parametrize(("asked", "read"), [("model", "ema"), ("ema", "model")])
-def test_the_recipe_names_the_weights_that_were_read(asked, read, run_of_latents, tmp_path, capsys):
-    checkpoint = run_of_latents / "checkpoints" / "0000001"
+def test_the_recipe_names_the_weights_that_were_read(asked, read, run_folder, tmp_path, capsys):
+    checkpoint = run_folder / "checkpoints" / "0000002"
     argv = ["--ckpt", checkpoint / f"{read}.safetensors", "--weights", asked]
     argv += ["--output-dir", tmp_path, "--num-sampling-steps", 2, "--num-images", 1]
     assert image_generator_ddp.main([str(part) for part in argv]) == 0
@@ -203,7 +205,7 @@ def test_the_recipe_names_the_weights_that_were_read(asked, read, run_of_latents
 
 
 def test_another_vae_is_a_warning_if_it_was_chosen(run_of_latents, vae, tmp_path, caplog):
-    assert load(run_of_latents).vae_name == str(vae)
+    load(run_of_latents, "--vae", vae)
     other = other_vae(vae, tmp_path / "other")
     assert caplog.text == ""
     load(run_of_latents, "--vae", other)
