@@ -58,11 +58,11 @@ def weights_format(path: Path) -> WeightsFormat:
 
 def _check_zip(path: Path) -> WeightsFormat:
     """A zip archive, which torch.save writes."""
-    # Its table of contents stands at the end.
-    if not zipfile.is_zipfile(path):
-        raise cut_short(path)
-    with zipfile.ZipFile(path) as archive:
-        members = {name.rpartition("/")[2] for name in archive.namelist()}
+    try:  # its table of contents stands at the end
+        with zipfile.ZipFile(path) as archive:
+            members = {name.rpartition("/")[2] for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        raise cut_short(path) from None
     if "data.pkl" not in members:
         raise UserError(f"{path} is a zip archive, but not one of torch.save; unpack it")
     if "constants.pkl" in members:

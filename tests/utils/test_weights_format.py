@@ -112,6 +112,14 @@ def test_a_file_that_is_cut_short_says_so(name, part, tmp_path):
         weights_format(tmp_path / "file")
 
 
+def test_an_archive_whose_table_of_contents_is_damaged_is_not_whole(tmp_path):
+    write("torch", tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    (tmp_path / "file").write_bytes(content[:1000] + b"PK\x05\x06" + bytes(range(1, 17)) + b"\0\0")
+    with pytest.raises(UserError, match="is cut short"):
+        weights_format(tmp_path / "file")
+
+
 def test_a_folder_and_a_missing_file_are_named(tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(UserError, match=f"cannot read {path}"):
