@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from edt.utils.errors import UserError
-from edt.utils.weights_format import ZIP, cut_short
+from edt.utils.weights_format import ZIP
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,8 @@ def read_release(path: Path) -> dict[str, Any]:
                 f"{path} holds more than tensors ({refused[1]}) and is not loaded; "
                 "export its weights alone"
             ) from None
-        if not is_zip:
-            raise cut_short(path) from None
         raise UserError(
-            f"cannot read {path} ({type(error).__name__}): it is damaged; get it again"
+            f"{path} is damaged or cut short ({type(error).__name__}); get it again"
         ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")

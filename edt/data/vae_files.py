@@ -104,21 +104,16 @@ def _check_config(source: str, config: dict[str, Any]) -> None:
         ("shift_factor", shift, _is_number(shift)),
     ):
         if not is_right:
-            raise _error(
-                source,
-                f"the {name} in its config.json is {json.dumps(value)}",
-                "write the number there that its latents are scaled with, such as 0.18215"
-                if name == "scaling_factor"
-                else "write the number there that its latents are shifted by",
-            )
+            reason = f"the {name} in its config.json is {json.dumps(value)}"
+            raise _error(source, reason, "write the number of its authors there")
     for name in ("latents_mean", "latents_std"):
         if config.get(name) is not None:
             raise _error(source, f"latents with a {name} are not supported", "give another --vae")
 
 
 def _is_number(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)  # type: ignore[arg-type]
+    is_bool = isinstance(value, bool)
+    return isinstance(value, int | float) and not is_bool and math.isfinite(value)
 
 
 def _check_files(folder: Path) -> None:

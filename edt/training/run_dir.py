@@ -260,6 +260,8 @@ def _feature_differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
     both_contents = saved.get(CONTENT), current.get(CONTENT)
     if None not in both_contents and both_contents[0] == both_contents[1]:
         return ""
+    if "scaling_factor" in saved:  # versions that did not know shifts had none
+        saved = {"shift_factor": None, **saved}
     # An old checkpoint knows less about its features. What both know of it is compared.
     names = [name for name in saved if name != CONTENT or None not in both_contents]
     return differences(

@@ -62,7 +62,7 @@ def _check_zip(path: Path) -> WeightsFormat:
         with zipfile.ZipFile(path) as archive:
             members = {name.rpartition("/")[2] for name in archive.namelist()}
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        raise cut_short(path) from None
+        raise _cut_short(path) from None
     if "data.pkl" not in members:
         raise UserError(f"{path} is a zip archive, but not one of torch.save; unpack it")
     if "constants.pkl" in members:
@@ -75,7 +75,7 @@ def _check_safetensors(path: Path, header_size: int, size: int) -> WeightsFormat
     with open(path, "rb") as file:
         header = file.read(8 + header_size)[8:]
     if len(header) < header_size:
-        raise cut_short(path)
+        raise _cut_short(path)
     try:
         tensors = [value for key, value in json.loads(header).items() if key != "__metadata__"]
         end = 8 + header_size + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
@@ -84,7 +84,7 @@ def _check_safetensors(path: Path, header_size: int, size: int) -> WeightsFormat
             f"{path} is a damaged safetensors file: its header cannot be read; download it again"
         ) from None
     if size < end:
-        raise cut_short(path)
+        raise _cut_short(path)
     return "safetensors"
 
 
@@ -123,7 +123,7 @@ def read_index(path: Path) -> dict[str, str] | None:
     return weight_map if is_map and weight_map else None
 
 
-def cut_short(path: Path) -> UserError:
+def _cut_short(path: Path) -> UserError:
     """The error for a file whose end is missing."""
     size = path.stat().st_size
     return UserError(

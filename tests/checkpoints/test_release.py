@@ -155,7 +155,7 @@ def test_files_of_the_old_format_load(tmp_path, tiny):
     content = old.read_bytes()
     for size in (200, len(content) // 2, len(content) - 7):
         old.write_bytes(content[:size])
-        with pytest.raises(UserError, match=f"old.pt is cut short after {size} bytes"):
+        with pytest.raises(UserError, match="old.pt is damaged or cut short"):
             load_model(old)
 
 

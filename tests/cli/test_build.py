@@ -162,13 +162,21 @@ def test_a_run_continues_with_features_of_the_same_bytes(
     assert "different settings (content_sha256" in fails(train_mask_adan.main, argv, capsys)
 
 
-def test_a_run_without_hashes_of_its_content_compares_the_rest(run_of_latents, latents, tmp_path):
+def test_a_run_without_hashes_of_its_content_compares_the_rest(
+    run_of_latents, latents, tmp_path, capsys
+):
     run = shutil.copytree(run_of_latents, tmp_path / "run")
     file = run / "checkpoints" / "0000001" / "config.json"
     config = json.loads(file.read_text())
     del config["features"]["content_sha256"]
     file.write_text(json.dumps(config))
     (file.parent / "manifest.json").write_text("{}")
+    shifted = shutil.copytree(latents, tmp_path / "shifted")
+    manifest = json.loads((shifted / "manifest.json").read_text())
+    manifest["vae"]["shift_factor"] = 0.5
+    (shifted / "manifest.json").write_text(json.dumps(manifest))
+    message = fails(train_mask_adan.main, train(shifted, run, 2), capsys)
+    assert "different settings (shift_factor: None -> 0.5)" in message
     assert train_mask_adan.main(train(latents, run, 2)) == 0
 
 

@@ -379,6 +379,21 @@ def test_a_run_of_damaged_checkpoints_is_left_alone(run_folder, features, tmp_pa
     assert list_checkpoints(checkpoint.parent) == [checkpoint]
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_downloads_that_failed_say_what_they_are(suffix, tmp_path, capsys):
+    path = tmp_path / f"EDT-S{suffix}"
+    torch.save({"ema": {"x": torch.zeros(1000)}}, tmp_path / "whole")
+    for content, message in (
+        (b"", "is empty; download it again"),
+        (b"<!DOCTYPE html>", "is an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        ((tmp_path / "whole").read_bytes()[:3000], "is cut short after 3000 bytes"),
+        (b'{"weight_map": {"x": "a-00001-of-00002.safetensors"}}', "a-00001-of-00002.safetensors"),
+    ):
+        path.write_bytes(content)
+        assert message in fails(image_generator_ddp.main, ["--ckpt", path, *SAMPLE], capsys)
+
+
 def test_files_of_another_format_are_named(run_folder, image_folder, tmp_path, capsys):
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / "manifest.json").write_text('{"shards": 3}')

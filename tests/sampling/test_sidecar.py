@@ -68,6 +68,15 @@ def test_other_settings_are_refused_by_name(settings, tmp_path, field, value):
         open_sample_folder(tmp_path, {**settings, field: value})
 
 
+def test_the_same_hashes_under_other_names_are_accepted(settings, tmp_path):
+    """A VAE that was moved, and weights that an earlier version recorded by what was asked for."""
+    settings |= {"vae": "/old/vae", "vae_sha256": "2" * 64}
+    open_sample_folder(tmp_path, settings)
+    open_sample_folder(tmp_path, {**settings, "vae": "/new/vae", "weights": "model"})
+    with pytest.raises(UserError, match="vae: /old/vae -> pixels, vae_sha256: 2.* -> None"):
+        open_sample_folder(tmp_path, {**settings, "vae": "pixels", "vae_sha256": None})
+
+
 def test_a_recipe_of_version_01_is_accepted(settings, tmp_path):
     write_recipe_of_version_01(tmp_path, settings)
     open_sample_folder(tmp_path, settings)
