@@ -47,6 +47,7 @@ from edt.training.run_dir import (
 )
 from edt.training.trainer import Trainer
 from edt.utils.choices import choices
+from edt.utils.distributed import ignored_launcher_settings
 
 RESUME_RUN = "RUN-DIR"  # --resume without a path
 
@@ -258,6 +259,8 @@ def main(argv: list[str] | None = None) -> int:
     with lock_run_dir(folder) if is_main else contextlib.nullcontext():
         accelerator.wait_for_everyone()
         configure_logging(folder / "log.txt", is_main)
+        for sentence in ignored_launcher_settings(vars(args)):
+            logging.warning(sentence)
         checkpoint = resolve_resume(folder, resume, args.resume_step)
         if checkpoint is not None:
             trainer.load_state(run_dir.load(checkpoint, config, args.allow_config_change))

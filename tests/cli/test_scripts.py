@@ -24,7 +24,9 @@ from edt.checkpoints.folder import list_checkpoints
 from edt.data.vae import PixelVAE
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+# Its bf16 has no effect: --precision decides.
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+ACCELERATE = (*ACCELERATE, "--mixed_precision", "bf16", "--dynamo_backend", "eager")
 
 
 def choice_id(value: tuple[str, ...] | str) -> str:
@@ -70,6 +72,10 @@ def test_training(launcher, features, run_folder, tmp_path):
     done = run_script(*launcher, "train_mask_adan.py", *TRAIN, *paths, "--max-steps", 2)
     run = tmp_path / "000-EDT-Tiny-2"
     assert done.returncode == 0 or (run / "checkpoints" / "0000002").is_dir(), done.stderr
+    for flag in ("--precision", "--compile"):
+        warning = f"has no effect: {flag} decides"
+        assert (warning in (run / "log.txt").read_text()) == (launcher == ACCELERATE)
+        assert (warning in done.stderr) == (launcher == ACCELERATE)
     for row, expected in zip(metrics(run), metrics(run_folder), strict=True):
         assert row["loss_full"] == pytest.approx(expected["loss_full"], rel=1e-5)
         assert row["loss_masked"] == pytest.approx(expected["loss_masked"], rel=1e-5)
