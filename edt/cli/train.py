@@ -7,11 +7,13 @@ accelerate launch --multi_gpu --num_processes 8 train_mask_adan.py --model EDT-S
 import argparse
 import contextlib
 import logging
+import math
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
 
+from edt.checkpoints.folder import list_checkpoints
 from edt.checkpoints.loading import read_weights
 from edt.cli.arguments import (
     COUNT,
@@ -203,8 +205,8 @@ def resolve_run_dir(args: argparse.Namespace) -> tuple[Path, Path | None]:
 
 def create_trainer(
     args: argparse.Namespace, config: TrainConfig, features: Features, image_size: int | None
-) -> tuple[Trainer, InitReport | None]:
-    """The trainer of a fresh network, and what --init-from copied into the network."""
+) -> Trainer:
+    """The trainer of a fresh network."""
     accelerator = create_accelerator()
     check_speed_options(args, accelerator.device)
     channels, side, _ = features.latent_shape
@@ -216,21 +218,54 @@ def create_trainer(
         num_classes=features.num_classes,
         image_size=image_size,
     )
-    report = None
-    if args.init_from:
-        report = init_from(model, read_weights(args.init_from).tensors)
     model.set_attention(args.attention)
-    trainer = Trainer(
+    return Trainer(
         model, config, accelerator, args.micro_batch_size, args.separate_passes, args.compile
     )
-    return trainer, report
+
+
+def start_from(path: str, trainer: Trainer) -> InitReport:
+    """Copy what fits of the weights of another model into a fresh trainer's, and into its EMA."""
+    report = init_from(trainer.model, read_weights(path).tensors)
+    trainer.ema.load_state_dict(trainer.model.state_dict())
+    return report
 
 
 def log_init_report(source: str, report: InitReport) -> None:
     """Log which parameters --init-from kept, resized and left new."""
     for outcome, names in report._asdict().items():
-        shown = ", ".join(names[:8])
-        logging.info("from %s: %d parameters %s: %s", source, len(names), outcome, shown)
+        listed = ", ".join(names) or "none"
+        logging.info("from %s: %d parameters %s: %s", source, len(names), outcome, listed)
+
+
+def log_start(
+    args: argparse.Namespace, run_dir: RunDirectory, config: TrainConfig, max_steps: int
+) -> None:
+    """Log what is trained where and, without --run-dir, an older run that was perhaps meant."""
+    logging.info("training %s in %s: %s", args.model, run_dir.folder, config)
+    if args.run_dir is not None:
+        return
+    checkpoint = run_dir.find_unfinished(Path(args.results_dir), config, max_steps)
+    if checkpoint is not None:
+        folder, step = checkpoint.parent.parent, int(checkpoint.name)
+        logging.warning(
+            "%s holds an unfinished run of the same settings, at step %d of %d. This is a new run; "
+            "--run-dir %s continues the unfinished one",
+            *(folder, step, max_steps, folder),
+        )
+
+
+def log_resumed(checkpoint: Path, trainer: Trainer, max_steps: int) -> None:
+    """Log where the run continues, or that it has nothing left to do."""
+    step, epoch = trainer.step, float(trainer.epoch)
+    if step < max_steps:
+        logging.info("resumed %s at step %d, epoch %.2f", checkpoint, step, epoch)
+    else:
+        logging.info(
+            "%s is finished: it is at step %d, epoch %.2f, and training ends at step %d; "
+            "a larger --max-steps or --epochs continues it",
+            *(checkpoint, step, epoch, max_steps),
+        )
 
 
 @exit_on_user_error()
@@ -245,9 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     features.validate_against(args.image_size, args.vae, args.num_classes)
     info = features.info()
     epoch_steps = steps_per_epoch(len(features), config.global_batch_size)
-    args.max_steps = args.max_steps or args.epochs * epoch_steps
-    loop_config: LoopConfig = from_arguments(LoopConfig, args)
-    trainer, report = create_trainer(args, config, features, info.image_size)
+    trainer = create_trainer(args, config, features, info.image_size)
     accelerator, model_config = trainer.accelerator, trainer.model.config
 
     # The first process decides: the others may see the results folder a moment later.
@@ -256,6 +289,9 @@ def main(argv: list[str] | None = None) -> int:
         folder, args.model, model_config, info.to_dict(), args.keep_last, args.keep_every
     )
     is_main = accelerator.is_main_process
+    # A run that is continued needs no weights to start from: their file may be gone.
+    is_new = resume is None and not list_checkpoints(run_dir.checkpoints)
+    report = start_from(args.init_from, trainer) if args.init_from and is_new else None
     with lock_run_dir(folder) if is_main else contextlib.nullcontext():
         accelerator.wait_for_everyone()
         configure_logging(folder / "log.txt", is_main)
@@ -264,17 +300,21 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = resolve_resume(folder, resume, args.resume_step)
         if checkpoint is not None:
             trainer.load_state(run_dir.load(checkpoint, config, args.allow_config_change))
-            epoch = trainer.step / epoch_steps
-            logging.info("resumed %s at step %d, epoch %.2f", checkpoint, trainer.step, epoch)
-        else:
-            logging.info("training %s in %s: %s", args.model, folder, config)
-            if report is not None:
-                log_init_report(args.init_from, report)
+        # Epochs of another batch size or other features count as they were.
+        steps_left = math.ceil(max(args.epochs - trainer.epoch, 0) * epoch_steps)
+        args.max_steps = args.max_steps or trainer.step + steps_left
+        if checkpoint is not None:
+            log_resumed(checkpoint, trainer, args.max_steps)
+        elif is_main:
+            log_start(args, run_dir, config, args.max_steps)
+        if report is not None:
+            log_init_report(args.init_from, report)
         if is_main:
             drop_rows_after(run_dir.metrics, trainer.step)
         if args.tracker:
-            start_tracker(accelerator, args.tracker, folder, vars(args))
+            start_tracker(accelerator, args.tracker, folder, vars(args), trainer.step)
         vae = load_vae(info.vae or "ema", accelerator.device) if args.sample_every else None
+        loop_config: LoopConfig = from_arguments(LoopConfig, args)
         code = training_loop(trainer, features, run_dir, loop_config, vae)
     accelerator.end_training()
     return code
