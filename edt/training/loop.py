@@ -61,10 +61,8 @@ def training_loop(
     """
     accelerator, device = trainer.accelerator, trainer.device
     is_main = accelerator.is_main_process
-    batch_size = trainer.config.global_batch_size
-    indices = BatchIndices(
-        len(features), trainer.config.seed, batch_size, trainer.rows, trainer.step
-    )
+    seed, batch_size = trainer.config.seed, trainer.config.global_batch_size
+    indices = BatchIndices(len(features), seed, batch_size, trainer.rows, trainer.step)
     loader = read_batches(features, indices, config.num_workers, pin_memory=device.type == "cuda")
     meter, group = Meter(trainer), _signal_group(accelerator)
     with (
@@ -79,8 +77,7 @@ def training_loop(
             meter.add(report)
             bar.update()
             logging_now = trainer.step % config.log_every == 0
-            # Reading this counter synchronises with the GPU, so it is checked only when logging.
-            # Skipped steps have changed nothing on the device.
+            # Both calls wait for a GPU. Skipped steps have changed nothing there in the meantime.
             if logging_now or device.type == "cpu":
                 _log_skipped_steps(meter, indices, features)
                 _check_skipped_steps(trainer, run_dir, config.max_skipped_steps)
