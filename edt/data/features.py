@@ -138,7 +138,7 @@ class Features(torch.utils.data.Dataset[Batch]):
         if num_classes and smallest < 0:
             image = self.locate(int(self.labels.argmin()))
             raise UserError(
-                f"{self.path} has label {smallest} ({image}), and labels count from 0; "
+                f"{self.path} has label {smallest} for {image}, and labels count from 0; "
                 "correct it, or train without classes (--num-classes 0)"
             )
         if num_classes and largest >= num_classes:

@@ -103,7 +103,7 @@ def test_oblong_latents_and_negative_labels_are_refused(layout, image_folder, tm
         np.save(folder / "labels.npy", labels)
     with pytest.raises(UserError) as error:
         open_features(folder).validate_against()
-    assert f"has label -1 ({place})" in str(error.value)
+    assert f"has label -1 for {place}," in str(error.value)
     opened = open_features(folder)
     opened.validate_against(num_classes=0)  # without classes, labels say nothing
     assert not opened.labels.any()
