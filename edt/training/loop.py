@@ -166,7 +166,7 @@ def _log_skipped_steps(meter: Meter, indices: BatchIndices, features: Features) 
     for step, rows in list(skipped.items())[-10:]:
         if not rows:
             logger.warning(
-                "step %d was skipped: its gradient was not finite, its losses were", step
+                "step %d was skipped: its gradient was not finite, although all losses were", step
             )
             continue
         images, _ = indices.global_batch(step - 1)
