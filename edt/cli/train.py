@@ -231,28 +231,13 @@ def start_from(path: str, trainer: Trainer) -> InitReport:
     return report
 
 
-def log_init_report(source: str, report: InitReport) -> None:
-    """Log which parameters --init-from kept, resized and left new."""
-    for outcome, names in report._asdict().items():
-        listed = ", ".join(names) or "none"
-        logging.info("from %s: %d parameters %s: %s", source, len(names), outcome, listed)
+def last_step(args: argparse.Namespace, trainer: Trainer, epoch_steps: int) -> int:
+    """The step at which training ends: --max-steps, or the end of --epochs.
 
-
-def log_start(
-    args: argparse.Namespace, run_dir: RunDirectory, config: TrainConfig, max_steps: int
-) -> None:
-    """Log what is trained where and, without --run-dir, an older run that was perhaps meant."""
-    logging.info("training %s in %s: %s", args.model, run_dir.folder, config)
-    if args.run_dir is not None:
-        return
-    checkpoint = run_dir.find_unfinished(Path(args.results_dir), config, max_steps)
-    if checkpoint is not None:
-        folder, step = checkpoint.parent.parent, int(checkpoint.name)
-        logging.warning(
-            "%s holds an unfinished run of the same settings, at step %d of %d. This is a new run; "
-            "--run-dir %s continues the unfinished one",
-            *(folder, step, max_steps, folder),
-        )
+    The epochs behind the trainer count as they were, with another batch size or other features.
+    """
+    steps_left = math.ceil(max(args.epochs - trainer.epoch, 0) * epoch_steps)
+    return args.max_steps or trainer.step + steps_left
 
 
 def log_resumed(checkpoint: Path, trainer: Trainer, max_steps: int) -> None:
@@ -266,6 +251,28 @@ def log_resumed(checkpoint: Path, trainer: Trainer, max_steps: int) -> None:
             "a larger --max-steps or --epochs continues it",
             *(checkpoint, step, epoch, max_steps),
         )
+
+
+def log_start(
+    args: argparse.Namespace, run_dir: RunDirectory, config: TrainConfig, report: InitReport | None
+) -> None:
+    """Log what is trained where, and what --init-from kept, resized and left new.
+
+    Without --run-dir, name an unfinished run that was perhaps meant.
+    """
+    logging.info("training %s in %s: %s", args.model, run_dir.folder, config)
+    if args.run_dir is None:
+        checkpoint = run_dir.find_unfinished(Path(args.results_dir), config, args.max_steps)
+        if checkpoint is not None:
+            folder, step = checkpoint.parent.parent, int(checkpoint.name)
+            logging.warning(
+                "%s holds an unfinished run of the same settings, at step %d of %d. "
+                "This is a new run; --run-dir %s continues the unfinished one",
+                *(folder, step, args.max_steps, folder),
+            )
+    for outcome, names in ({} if report is None else report._asdict()).items():
+        listed = ", ".join(names) or "none"
+        logging.info("from %s: %d parameters %s: %s", args.init_from, len(names), outcome, listed)
 
 
 @exit_on_user_error()
@@ -300,15 +307,11 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = resolve_resume(folder, resume, args.resume_step)
         if checkpoint is not None:
             trainer.load_state(run_dir.load(checkpoint, config, args.allow_config_change))
-        # Epochs of another batch size or other features count as they were.
-        steps_left = math.ceil(max(args.epochs - trainer.epoch, 0) * epoch_steps)
-        args.max_steps = args.max_steps or trainer.step + steps_left
+        args.max_steps = last_step(args, trainer, epoch_steps)
         if checkpoint is not None:
             log_resumed(checkpoint, trainer, args.max_steps)
         elif is_main:
-            log_start(args, run_dir, config, args.max_steps)
-        if report is not None:
-            log_init_report(args.init_from, report)
+            log_start(args, run_dir, config, report)
         if is_main:
             drop_rows_after(run_dir.metrics, trainer.step)
         if args.tracker:
