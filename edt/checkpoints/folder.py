@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +57,10 @@ class TrainingState:
     """The optimizer's step counters, as JSON values."""
     tensors: dict[str, NamedTensors]
     """Named tensors of each of :data:`TENSOR_FILES`."""
+    images_seen: int | None = None
+    """Images of all steps; None in the checkpoints of version 0.1, which did not count them."""
+    epoch: Fraction | None = None
+    """Passes over the features, exactly; None in the checkpoints of version 0.1."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -81,6 +86,8 @@ def save_checkpoint(folder: Path, state: TrainingState, config: dict[str, Any]) 
         "skipped_steps": state.skipped_steps,
         "optimizer": state.optimizer,
         "config": state.config,
+        "images_seen": state.images_seen,
+        "epoch": None if state.epoch is None else str(state.epoch),  # "7/3"
     }
     try:
         for name, tensors in state.tensors.items():
@@ -111,6 +118,7 @@ def read_checkpoint(folder: Path) -> TrainingState:
         UserError: a file is missing or damaged.
     """
     values = read_json(folder / "state.json")
+    epoch = values.get("epoch")
     return TrainingState(
         step=values["step"],
         # Called "bad_steps" until version 0.1.
@@ -118,6 +126,8 @@ def read_checkpoint(folder: Path) -> TrainingState:
         config=values["config"],
         optimizer=values["optimizer"],
         tensors={name: read_tensors(folder / f"{name}.safetensors") for name in TENSOR_FILES},
+        images_seen=values.get("images_seen"),
+        epoch=None if epoch is None else Fraction(epoch),
     )
 
 

@@ -17,6 +17,7 @@ from edt.nn.precision import round_weights
 from edt.nn.transformer import DiffusionTransformer
 from edt.sampling.config import SamplingConfig
 from edt.sampling.sidecar import sample_settings
+from edt.utils.distributed import get_distributed_env, ignored_launcher_settings
 from edt.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,9 @@ def load_for_sampling(args: argparse.Namespace, device: torch.device) -> LoadedM
         UserError: the checkpoint or the VAE cannot be loaded, or they do not fit.
     """
     check_speed_options(args, device)
+    if get_distributed_env().rank == 0:
+        for sentence in ignored_launcher_settings(vars(args)):
+            logger.warning(sentence)
     model, info = load_model(
         args.ckpt, args.model, weights=args.weights, num_classes=args.num_classes
     )

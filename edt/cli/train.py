@@ -8,11 +8,13 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import math
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
 
+from edt.checkpoints.folder import list_checkpoints
 from edt.checkpoints.loading import read_weights
 from edt.cli.arguments import (
     COUNT,
@@ -47,6 +49,7 @@ from edt.training.run_dir import (
 )
 from edt.training.trainer import Trainer
 from edt.utils.choices import choices
+from edt.utils.distributed import ignored_launcher_settings
 
 RESUME_RUN = "RUN-DIR"  # --resume without a path
 
@@ -204,8 +207,8 @@ def resolve_run_dir(args: argparse.Namespace) -> tuple[Path, Path | None]:
 
 def create_trainer(
     args: argparse.Namespace, config: TrainConfig, features: Features, image_size: int | None
-) -> tuple[Trainer, InitReport | None]:
-    """The trainer of a fresh network, and what --init-from copied into the network."""
+) -> Trainer:
+    """The trainer of a fresh network."""
     accelerator = create_accelerator()
     check_speed_options(args, accelerator.device)
     channels, side, _ = features.latent_shape
@@ -217,21 +220,61 @@ def create_trainer(
         num_classes=features.num_classes,
         image_size=image_size,
     )
-    report = None
-    if args.init_from:
-        report = init_from(model, read_weights(args.init_from).tensors)
     model.set_attention(args.attention)
-    trainer = Trainer(
+    return Trainer(
         model, config, accelerator, args.micro_batch_size, args.separate_passes, args.compile
     )
-    return trainer, report
 
 
-def log_init_report(source: str, report: InitReport) -> None:
-    """Log which parameters --init-from kept, resized and left new."""
-    for outcome, names in report._asdict().items():
-        shown = ", ".join(names[:8])
-        logging.info("from %s: %d parameters %s: %s", source, len(names), outcome, shown)
+def start_from(path: str, trainer: Trainer) -> InitReport:
+    """Copy what fits of the weights of another model into a fresh trainer's, and into its EMA."""
+    report = init_from(trainer.model, read_weights(path).tensors)
+    trainer.ema.load_state_dict(trainer.model.state_dict())
+    return report
+
+
+def last_step(args: argparse.Namespace, trainer: Trainer, epoch_steps: int) -> int:
+    """The step at which training ends: --max-steps, or the end of --epochs.
+
+    The epochs behind the trainer count as they were, with another batch size or other features.
+    """
+    steps_left = math.ceil(max(args.epochs - trainer.epoch, 0) * epoch_steps)
+    return args.max_steps or trainer.step + steps_left
+
+
+def log_resumed(checkpoint: Path, trainer: Trainer, max_steps: int) -> None:
+    """Log where the run continues, or that it has nothing left to do."""
+    step, epoch = trainer.step, float(trainer.epoch)
+    if step < max_steps:
+        logging.info("resumed %s at step %d, epoch %.2f", checkpoint, step, epoch)
+    else:
+        logging.info(
+            "%s is finished: it is at step %d, epoch %.2f, and training ends at step %d; "
+            "a larger --max-steps or --epochs continues it",
+            *(checkpoint, step, epoch, max_steps),
+        )
+
+
+def log_start(
+    args: argparse.Namespace, run_dir: RunDirectory, config: TrainConfig, report: InitReport | None
+) -> None:
+    """Log what is trained where, and what --init-from kept, resized and left new.
+
+    Without --run-dir, name an unfinished run that was perhaps meant.
+    """
+    logging.info("training %s in %s: %s", args.model, run_dir.folder, config)
+    if args.run_dir is None:
+        checkpoint = run_dir.find_unfinished(Path(args.results_dir), config, args.max_steps)
+        if checkpoint is not None:
+            folder, step = checkpoint.parent.parent, int(checkpoint.name)
+            logging.warning(
+                "%s holds an unfinished run of the same settings, at step %d of %d. "
+                "This is a new run; --run-dir %s continues the unfinished one",
+                *(folder, step, args.max_steps, folder),
+            )
+    for outcome, names in ({} if report is None else report._asdict()).items():
+        listed = ", ".join(names) or "none"
+        logging.info("from %s: %d parameters %s: %s", args.init_from, len(names), outcome, listed)
 
 
 @exit_on_user_error()
@@ -246,9 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     features.validate_against(args.image_size, args.num_classes)
     info = features.info()
     epoch_steps = steps_per_epoch(len(features), config.global_batch_size)
-    args.max_steps = args.max_steps or args.epochs * epoch_steps
-    loop_config: LoopConfig = from_arguments(LoopConfig, args)
-    trainer, report = create_trainer(args, config, features, info.image_size)
+    trainer = create_trainer(args, config, features, info.image_size)
     accelerator, model_config = trainer.accelerator, trainer.model.config
     vae = load_vae_for_training(args.vae, features, bool(args.sample_every), accelerator.device)
     if args.vae and info.vae:  # the same VAE, which may have moved
@@ -260,22 +301,27 @@ def main(argv: list[str] | None = None) -> int:
         folder, args.model, model_config, info.to_dict(), args.keep_last, args.keep_every
     )
     is_main = accelerator.is_main_process
+    # A run that is continued needs no weights to start from: their file may be gone.
+    is_new = resume is None and not list_checkpoints(run_dir.checkpoints)
+    report = start_from(args.init_from, trainer) if args.init_from and is_new else None
     with lock_run_dir(folder) if is_main else contextlib.nullcontext():
         accelerator.wait_for_everyone()
         configure_logging(folder / "log.txt", is_main)
+        for sentence in ignored_launcher_settings(vars(args)):
+            logging.warning(sentence)
         checkpoint = resolve_resume(folder, resume, args.resume_step)
         if checkpoint is not None:
             trainer.load_state(run_dir.load(checkpoint, config, args.allow_config_change))
-            epoch = trainer.step / epoch_steps
-            logging.info("resumed %s at step %d, epoch %.2f", checkpoint, trainer.step, epoch)
-        else:
-            logging.info("training %s in %s: %s", args.model, folder, config)
-            if report is not None:
-                log_init_report(args.init_from, report)
+        args.max_steps = last_step(args, trainer, epoch_steps)
+        if checkpoint is not None:
+            log_resumed(checkpoint, trainer, args.max_steps)
+        elif is_main:
+            log_start(args, run_dir, config, report)
         if is_main:
             drop_rows_after(run_dir.metrics, trainer.step)
         if args.tracker:
-            start_tracker(accelerator, args.tracker, folder, vars(args))
+            start_tracker(accelerator, args.tracker, folder, vars(args), trainer.step)
+        loop_config: LoopConfig = from_arguments(LoopConfig, args)
         code = training_loop(trainer, features, run_dir, loop_config, vae)
     accelerator.end_training()
     return code

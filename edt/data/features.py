@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from edt.data.npy_files import changes, load_npy, npy_names, read_numbers
 from edt.utils.errors import UserError
 from edt.utils.files import read_json
 
@@ -130,7 +131,13 @@ class Features(torch.utils.data.Dataset[Batch]):
             )
         if num_classes is None:
             num_classes = self.num_classes if self.num_classes is not None else 1000
-        largest = self.labels.max()
+        smallest, largest = self.labels.min(), self.labels.max()
+        if num_classes and smallest < 0:
+            image = self.locate(int(self.labels.argmin()))
+            raise UserError(
+                f"{self.path} has label {smallest} for {image}, and labels count from 0; "
+                "correct it, or train without classes (--num-classes 0)"
+            )
         if num_classes and largest >= num_classes:
             raise UserError(
                 f"{self.path} has label {largest}, beyond --num-classes {num_classes}; "
@@ -180,6 +187,10 @@ class Features(torch.utils.data.Dataset[Batch]):
         indices, flips = selection
         stored = self._read(indices, flips)
         return Batch(torch.from_numpy(stored), torch.from_numpy(self.labels[indices]))
+
+    def locate(self, index: int) -> str:
+        """Where an image is stored, for messages."""
+        raise NotImplementedError
 
     def _read(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
         """The stored latents (b, C, H, W) or moments (b, 2C, H, W) of the images, float32."""
@@ -253,6 +264,10 @@ class PackedFeatures(Features):
             return None
         return hashlib.sha256("".join(hashes).encode() + self.labels.tobytes()).hexdigest()
 
+    def locate(self, index: int) -> str:
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return f"{self.manifest['shards'][shard]['file']}, row {index - self.starts[shard]}"
+
     def _read(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
         owners = np.searchsorted(self.starts, indices, side="right") - 1
         rows = (indices - self.starts[owners]) * self.num_orientations
@@ -265,11 +280,15 @@ class PackedFeatures(Features):
 
 
 class NpyFeatures(Features):
-    """The release's layout: two files per image."""
+    """The release's layout: two files per image.
+
+    Opening checks the value of every label, and the type, shape and length of every latent. It does
+    not read the latents' values, which would take hours for a million files.
+    """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
-        feature_names = {file.stem for file in (path / FEATURES_FOLDER).glob("*.npy")}
-        label_names = {file.stem for file in (path / LABELS_FOLDER).glob("*.npy")}
+        feature_names = npy_names(path / FEATURES_FOLDER)
+        label_names = npy_names(path / LABELS_FOLDER)
         if not feature_names:
             raise UserError(f"no features in {path}; make them with extract_features.py")
         if feature_names != label_names:
@@ -285,40 +304,73 @@ class NpyFeatures(Features):
             )
         self.path = path
         self.names = sorted(feature_names, key=lambda name: (len(name), name))  # 2 before 10
-        labels = [self._load(LABELS_FOLDER, name, (1,)) for name in self.names]
-        latent_shape = self._load(FEATURES_FOLDER, self.names[0]).shape[-3:]
-        super().__init__(path, manifest, np.array(labels, dtype=np.int64)[:, 0], latent_shape)
+        latent_shape = load_npy(self._file(FEATURES_FOLDER, 0)).shape[-3:]
+        super().__init__(path, manifest, self._read_labels(), latent_shape)
+        for file, array in changes(self._file(FEATURES_FOLDER, i) for i in range(len(self))):
+            self._check_latent(file, array)
 
-    def _load(self, folder: str, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """Read the file of one image. None accepts any shape."""
-        file = self.path / folder / f"{name}.npy"
-        try:
-            array = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+    def _file(self, folder: str, index: int) -> str:
+        return f"{self.path}/{folder}/{self.names[index]}.npy"
+
+    def locate(self, index: int) -> str:
+        return f"{FEATURES_FOLDER}/{self.names[index]}.npy"
+
+    def _read_labels(self) -> np.ndarray:
+        """All labels, (count,) int64."""
+        files = [self._file(LABELS_FOLDER, i) for i in range(len(self.names))]
+        labels = []
+        for file, label in zip(files, read_numbers(files), strict=True):
+            # NaN is not equal to itself, and infinity is beyond the largest label.
+            if not isinstance(label, int | float) or not abs(label) < 2**31 or label != int(label):
+                raise UserError(
+                    f"{file} holds the label {label!r}, which is not a class number; correct it"
+                )
+            labels.append(int(label))
+        return np.array(labels, dtype=np.int64)
+
+    def _check_latent(self, file: str, array: np.ndarray) -> None:
+        """Raise a UserError unless the array is a latent of the shape of the others."""
+        shape, remedy = array.shape, "delete it and run extract_features.py again"
+        if array.dtype.kind not in "fiu":
+            raise UserError(f"{file} holds {array.dtype}, and latents are numbers; {remedy}")
+        if array.ndim not in (3, 4) or not array.size or array.size != np.prod(shape[-3:]):
             raise UserError(
-                f"cannot read the feature file {file}; it is damaged: "
-                "delete it and run extract_features.py again"
-            ) from None
-        if shape is not None and array.shape != shape:
-            raise UserError(
-                f"{file} has shape {array.shape}, not {shape} like the others; "
-                "delete it and run extract_features.py again"
+                f"{file} has shape {shape}, and a latent is (1, C, H, W) or (C, H, W); {remedy}"
             )
-        return array
+        if shape[-3:] != self.latent_shape:
+            raise UserError(
+                f"{file} has shape {shape}, and {self.locate(0)} holds a latent "
+                f"{self.latent_shape}; delete the wrong one and run extract_features.py again"
+            )
 
     def _read(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
-        shape = (1, *self.latent_shape)
-        images = [self._load(FEATURES_FOLDER, self.names[i], shape) for i in indices]
-        return np.concatenate(images).astype(np.float32)
+        latents = np.empty((len(indices), *self.latent_shape), np.float32)
+        for latent, index in zip(latents, indices.tolist(), strict=True):
+            file = self._file(FEATURES_FOLDER, index)
+            array = load_npy(file)
+            self._check_latent(file, array)
+            latent[:] = array.reshape(self.latent_shape)
+        return latents
 
 
 def open_features(path: str | Path) -> Features:
     """Open a folder of features of either layout.
 
     Raises:
-        UserError: there are no features, or files, labels and manifest disagree.
+        UserError: there are no features, files, labels and manifest disagree, or the latents are
+            not square.
     """
-    path = Path(path)
+    features = _open(Path(path))
+    _, height, width = features.latent_shape
+    if height != width:
+        raise UserError(
+            f"the latents in {path} are oblong, {features.latent_shape}, and the models take "
+            "square ones; extract features of square images"
+        )
+    return features
+
+
+def _open(path: Path) -> Features:
     manifest_file = path / MANIFEST_FILE
     manifest = read_json(manifest_file) if manifest_file.exists() else {}
     if "shards" in manifest:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import signal
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +24,7 @@ from edt.sampling.config import SamplingConfig
 from edt.sampling.generate import generate
 from edt.sampling.image_grid import make_grid
 from edt.training.config import LoopConfig
-from edt.training.metrics import CONSOLE_LINE, Meter, append_row
+from edt.training.metrics import CONSOLE_LINE, Meter, append_row, tracker_values
 from edt.training.run_dir import RunDirectory
 from edt.training.trainer import Trainer
 from edt.utils.errors import UserError
@@ -60,10 +61,8 @@ def training_loop(
     """
     accelerator, device = trainer.accelerator, trainer.device
     is_main = accelerator.is_main_process
-    batch_size = trainer.config.global_batch_size
-    indices = BatchIndices(
-        len(features), trainer.config.seed, batch_size, trainer.rows, trainer.step
-    )
+    seed, batch_size = trainer.config.seed, trainer.config.global_batch_size
+    indices = BatchIndices(len(features), seed, batch_size, trainer.rows, trainer.step)
     loader = read_batches(features, indices, config.num_workers, pin_memory=device.type == "cuda")
     meter, group = Meter(trainer), _signal_group(accelerator)
     with (
@@ -74,15 +73,16 @@ def training_loop(
         stopping = trainer.step >= config.max_steps
         while not stopping:
             report = trainer.train_step(next(loader))
+            trainer.epoch += Fraction(1, indices.steps_per_epoch)
             meter.add(report)
             bar.update()
             logging_now = trainer.step % config.log_every == 0
-            # Reading this counter synchronises with the GPU, so it is checked only when logging.
-            # Skipped steps have changed nothing on the device.
+            # Both calls wait for a GPU. Skipped steps have changed nothing there in the meantime.
             if logging_now or device.type == "cpu":
+                _log_skipped_steps(meter, indices, features)
                 _check_skipped_steps(trainer, run_dir, config.max_skipped_steps)
             if logging_now:
-                _log(accelerator, run_dir, meter.read(indices.steps_per_epoch))
+                _log(accelerator, run_dir, meter.read())
             if is_main and config.sample_every and trainer.step % config.sample_every == 0:
                 with _log_write_errors("samples"):
                     write_sample_grid(trainer, vae, run_dir.folder / "samples")
@@ -92,6 +92,7 @@ def training_loop(
             elif is_main and trainer.step % config.ckpt_every == 0:
                 with _log_write_errors("checkpoint"):
                     logger.info("saved %s", run_dir.save(trainer.state()))
+        _log_skipped_steps(meter, indices, features)
         accelerator.wait_for_everyone()
     return EXIT_CODE_SIGINT if stop.number == signal.SIGINT else 0
 
@@ -150,20 +151,46 @@ def write_sample_grid(trainer: Trainer, vae: VAE | None, folder: Path) -> None:
 def _log(accelerator: Accelerator, run_dir: RunDirectory, row: dict[str, Any]) -> None:
     """Write a row of metrics to trackers, console and metrics.jsonl."""
     with _log_write_errors("tracker"):
-        numbers = {name: value for name, value in row.items() if isinstance(value, float)}
-        accelerator.log(numbers, step=row["step"])
+        accelerator.log(tracker_values(row), step=row["step"])
     if accelerator.is_main_process:
         logger.info(CONSOLE_LINE, row)
         with _log_write_errors("metrics"):
             append_row(run_dir.metrics, row)
 
 
+def _log_skipped_steps(meter: Meter, indices: BatchIndices, features: Features) -> None:
+    """Warn of the steps that were skipped since the last call, and name their images."""
+    skipped = meter.skipped_steps()
+    if len(skipped) > 10:
+        logger.warning("%d steps were skipped; the last 10:", len(skipped))
+    for step, rows in list(skipped.items())[-10:]:
+        if not rows:
+            logger.warning(
+                "step %d was skipped: its gradient was not finite, although all losses were", step
+            )
+            continue
+        images, _ = indices.global_batch(step - 1)
+        shown = [f"image {index} ({features.locate(index)})" for index in images[rows[:8]].tolist()]
+        logger.warning(
+            "step %d was skipped: the losses of %d of its %d images were not finite: %s%s",
+            step,
+            len(rows),
+            len(images),
+            ", ".join(shown),
+            ", ..." if len(rows) > len(shown) else "",
+        )
+
+
 def _check_skipped_steps(trainer: Trainer, run_dir: RunDirectory, limit: int) -> None:
     """Raise a UserError if too many steps in a row were skipped."""
     if trainer.skipped_in_a_row >= limit:
+        checkpoint = newest_checkpoint(run_dir.checkpoints)
+        last = "no checkpoint was saved before"
+        if checkpoint is not None:
+            last = f"the last good checkpoint is {checkpoint}"
         raise UserError(
-            f"{int(trainer.skipped_in_a_row)} steps in a row were not finite; "
-            f"the last good checkpoint is {newest_checkpoint(run_dir.checkpoints)}"
+            f"{int(trainer.skipped_in_a_row)} steps in a row were not finite; {last}. "
+            "Check the images that the log names, or train with a smaller --init-lr"
         )
 
 

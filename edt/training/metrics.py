@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +26,9 @@ QUARTILES = 4
 CONSOLE_LINE = (
     "step %(step)d  images %(images_seen)d  epoch %(epoch).2f  loss %(loss).4f  "
     "full %(loss_full).4f  masked %(loss_masked).4f  grad %(grad_norm).3g  lr %(lr).2e  "
-    "%(images_per_sec).1f images/s"
+    "skipped %(skipped_steps)d  %(images_per_sec).1f images/s"
 )
+REMEMBERED_STEPS = 1000  # whose skipped images can be named; more would take memory
 
 Tracker = Literal["tensorboard", "wandb"]
 
@@ -39,6 +41,10 @@ class Meter:
     """
 
     def __init__(self, trainer: Trainer) -> None:
+        # Of each step: its number, found_inf (), and which images had finite losses (B,).
+        self.remembered: deque[tuple[int, torch.Tensor, torch.Tensor]] = deque(
+            maxlen=REMEMBERED_STEPS
+        )
         self.trainer, self.device = trainer, trainer.device
         passes = 1 if trainer.config.masking == "none" else 2
         # The backward pass takes twice the operations of the forward pass.
@@ -64,6 +70,8 @@ class Meter:
         """
         self.steps += 1
         is_finite = ~report.found_inf
+        finite_images = report.losses.isfinite().all(dim=1)
+        self.remembered.append((self.trainer.step, report.found_inf, finite_images))
         self.finite_steps += is_finite
         weight = report.weight * is_finite
         weighted = torch.where(is_finite, report.losses, 0) * weight[:, None]
@@ -73,7 +81,25 @@ class Meter:
         self.quartiles.index_add_(1, quartile, torch.stack([weighted.sum(dim=1), weight]))
         self.grad_norm += torch.where(is_finite, report.grad_norm, 0)
 
-    def read(self, steps_per_epoch: int) -> dict[str, Any]:
+    def skipped_steps(self) -> dict[int, list[int]]:
+        """The steps that were skipped since the last call, and the images that made them.
+
+        Returns:
+            step -> rows of the global batch whose losses were not finite. No rows mean that the
+            gradient was not finite although every loss was.
+        """
+        remembered = list(self.remembered)
+        self.remembered.clear()
+        if not remembered:
+            return {}
+        skipped = torch.stack([found_inf for _, found_inf, _ in remembered]).tolist()
+        return {
+            step: (~finite_images).nonzero().flatten().tolist()
+            for (step, _, finite_images), was_skipped in zip(remembered, skipped, strict=True)
+            if was_skipped
+        }
+
+    def read(self) -> dict[str, Any]:
         """Return the means since the last call as a row of the log, then reset."""
         trainer, batch_size = self.trainer, self.trainer.config.global_batch_size
         sums = torch.stack([*self.losses, self.grad_norm])
@@ -87,8 +113,8 @@ class Meter:
             utilization = flops_per_sec / self.peak_flops_per_sec
         row = {
             "step": trainer.step,
-            "images_seen": trainer.step * batch_size,
-            "epoch": trainer.step / steps_per_epoch,
+            "images_seen": trainer.images_seen,
+            "epoch": float(trainer.epoch),
             "loss": full + masked,
             "loss_full": full,
             "loss_masked": masked,
@@ -171,8 +197,19 @@ def check_tracker(tracker: Tracker | None) -> None:
         raise UserError(f"--tracker {tracker} needs the package: pip install {tracker}")
 
 
+def tracker_values(row: dict[str, Any]) -> dict[str, int | float]:
+    """The numbers of a row of metrics, a curve each in a tracker. The step is their axis."""
+    values = {}
+    for name, value in row.items():
+        if isinstance(value, int | float) and name != "step":
+            values[name] = value
+        elif isinstance(value, list):
+            values |= {f"{name}/{i + 1}": number for i, number in enumerate(value)}
+    return values
+
+
 def start_tracker(
-    accelerator: Accelerator, tracker: Tracker, folder: Path, config: dict[str, Any]
+    accelerator: Accelerator, tracker: Tracker, folder: Path, config: dict[str, Any], step: int = 0
 ) -> None:
     """Log to TensorBoard or Weights & Biases too, through accelerate.
 
@@ -181,6 +218,8 @@ def start_tracker(
         tracker: which one.
         folder: the run's folder.
         config: recorded with the run; values that a tracker cannot show become text.
+        step: where the run begins or continues. TensorBoard hides what an earlier start wrote of
+            the steps after it.
     """
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.log_with = filter_trackers([tracker], str(folder))
@@ -188,4 +227,5 @@ def start_tracker(
         key: value if isinstance(value, int | float | str | bool) else str(value)
         for key, value in config.items()
     }
-    accelerator.init_trackers("edt", shown)
+    options = {"tensorboard": {"purge_step": step + 1}} if step else {}
+    accelerator.init_trackers("edt", shown, init_kwargs=options)

@@ -12,6 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -224,24 +225,12 @@ class RunDirectory:
         Raises:
             UserError: they differ, and the message names the fields; or it is another model.
         """
-        saved = read_json(checkpoint / "config.json")
-        saved_features = saved.get("features", {})
-        differing = differences(
-            _json(_with_image_size(read_config(saved["model"]), saved_features)),
-            _json(_with_image_size(self.model, self.features)),
-        )
-        if differing:
+        other_model, differing = self.compare(checkpoint, config)
+        if other_model:
             raise UserError(
-                f"{checkpoint} is of another model ({differing}); "
+                f"{checkpoint} is of another model ({other_model}); "
                 "--init-from in a new --run-dir starts from the weights that fit"
             )
-        state = read_checkpoint(checkpoint)
-        saved_config = dataclasses.asdict(TrainConfig.from_dict(state.config))
-        parts = (
-            differences(saved_config, dataclasses.asdict(config)),
-            _feature_differences(saved_features, self.features),
-        )
-        differing = ", ".join(part for part in parts if part)
         if differing and not allow_changes:
             raise UserError(
                 f"{checkpoint} was trained with different settings ({differing}). "
@@ -249,7 +238,49 @@ class RunDirectory:
             )
         if differing:
             logger.warning("continuing with different settings: %s", differing)
+        saved_features = read_json(checkpoint / "config.json").get("features", {})
+        return _with_counts(read_checkpoint(checkpoint), {**self.features, **saved_features})
+
+    def compare(self, checkpoint: Path, config: TrainConfig) -> tuple[str, str]:
+        """What differs in a checkpoint: of the model, and of the other settings. "" if nothing."""
+        saved = read_json(checkpoint / "config.json")
+        saved_features = saved.get("features", {})
+        saved_config = TrainConfig.from_dict(read_json(checkpoint / "state.json")["config"])
+        parts = (
+            differences(dataclasses.asdict(saved_config), dataclasses.asdict(config)),
+            _feature_differences(saved_features, self.features),
+        )
+        model = differences(
+            _json(_with_image_size(read_config(saved["model"]), saved_features)),
+            _json(_with_image_size(self.model, self.features)),
+        )
+        return model, ", ".join(part for part in parts if part)
+
+    def find_unfinished(self, results_dir: Path, config: TrainConfig, steps: int) -> Path | None:
+        """The last checkpoint of a run of the same settings that is below ``steps``, or None.
+
+        Of several runs it is the one that was written to last.
+        """
+        found = []
+        for folder in results_dir.glob("*/checkpoints"):
+            for checkpoint in list_checkpoints(folder)[-1:]:
+                # A checkpoint that cannot be read is not of these settings.
+                with contextlib.suppress(UserError, OSError, KeyError, TypeError):
+                    if int(checkpoint.name) < steps and not any(self.compare(checkpoint, config)):
+                        found.append((checkpoint.stat().st_mtime, checkpoint))
+        return max(found)[1] if found else None
+
+
+def _with_counts(state: TrainingState, features: dict[str, Any]) -> TrainingState:
+    """The state with the images and epochs, as if batch size and features had never changed.
+
+    Version 0.1 did not count them.
+    """
+    if state.images_seen is not None and state.epoch is not None:
         return state
+    batch_size = state.config["global_batch_size"]
+    epoch = Fraction(state.step, max(features.get("count", 0) // batch_size, 1))
+    return dataclasses.replace(state, images_seen=state.step * batch_size, epoch=epoch)
 
 
 def _feature_differences(saved: dict[str, Any], current: dict[str, Any]) -> str:

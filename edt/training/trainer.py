@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,8 @@ class Trainer:
         model: the trained network.
         ema: the network with averaged weights.
         step: training steps taken, the skipped ones included.
+        images_seen: images of these steps.
+        epoch: passes over the features. The training loop counts them: it knows the features.
         skipped_steps: steps that were skipped, () int64 on the device.
         skipped_in_a_row: how many of the last steps were skipped, () int64 on the device.
 
@@ -110,7 +113,8 @@ class Trainer:
         self.network = accelerator.prepare_model(self.model)  # the model, or its DDP wrapper
         self.diffusion = create_diffusion(min_snr_gamma=config.min_snr_gamma)
         self.timestep_sampler = create_timestep_sampler(config.schedule_sampler).to(self.device)
-        self.step = 0
+        self.step = self.images_seen = 0
+        self.epoch = Fraction(0)
         zeros = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.skipped_steps, self.skipped_in_a_row = zeros.unbind()
 
@@ -160,6 +164,7 @@ class Trainer:
         )
         self.timestep_sampler.update(inputs.t, losses.sum(dim=1), found_inf)
         self.step += 1  # a skipped step counts too: data and draws move on
+        self.images_seen += config.global_batch_size
         self.skipped_steps = self.skipped_steps + found_inf
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * found_inf
         return StepReport(inputs.t, inputs.weight, losses, grad_norm, found_inf)
@@ -237,6 +242,8 @@ class Trainer:
                 "optimizer": optimizer_tensors,
                 "sampler": self.timestep_sampler.state_dict(),
             },
+            images_seen=self.images_seen,
+            epoch=self.epoch,
         )
 
     def load_state(self, state: TrainingState) -> None:
@@ -254,6 +261,7 @@ class Trainer:
         if state.config["schedule_sampler"] == self.config.schedule_sampler:
             self.timestep_sampler.load_state_dict(state.tensors["sampler"])
         self.step = state.step
+        self.images_seen, self.epoch = state.images_seen or 0, state.epoch or Fraction(0)
         self.skipped_steps.fill_(state.skipped_steps)
 
 

@@ -1,9 +1,19 @@
 """Rank, world size and device of this process, as torchrun or accelerate set them."""
 
 import os
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+
+# What `accelerate launch` hands over beyond processes and devices, from its options or from its
+# configuration file: the variable, the values that ask for nothing, and the flag that decides here.
+LAUNCHER_SETTINGS = {
+    "ACCELERATE_MIXED_PRECISION": (("no",), "precision"),
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), "compile"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1", "auto"), "micro_batch_size"),
+    "ACCELERATE_GRADIENT_CLIPPING": (("none", "auto"), "max_grad_norm"),
+}
 
 
 class DistributedEnv(NamedTuple):
@@ -26,3 +36,25 @@ def get_distributed_env() -> DistributedEnv:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return DistributedEnv(rank, world_size, device)
+
+
+def ignored_launcher_settings(flags: Mapping[str, Any]) -> list[str]:
+    """What the launcher asks for and the flags decide differently, a sentence for each.
+
+    Args:
+        flags: the flags of the script by name. A setting whose flag the script lacks is left out.
+    """
+    sentences = []
+    for variable, (neutral, flag) in LAUNCHER_SETTINGS.items():
+        value = os.environ.get(variable, neutral[0]).lower()
+        if flag not in flags or value in neutral:
+            continue
+        if flag == "precision" and value == flags[flag]:
+            continue
+        option = "--" + flag.replace("_", "-")
+        decision = "is not given" if flags[flag] is None else f"is {flags[flag]}"
+        sentences.append(
+            f"{variable}={value}, from accelerate launch or the environment, has no effect: "
+            f"{option} decides, and it {decision}"
+        )
+    return sentences

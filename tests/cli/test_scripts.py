@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,13 @@ import image_generator
 import image_generator_ddp
 import train_mask_adan
 from edt.checkpoints.folder import list_checkpoints
+from edt.checkpoints.loading import load_model
 from edt.data.vae import PixelVAE
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+# Its bf16 has no effect: --precision decides.
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+ACCELERATE = (*ACCELERATE, "--mixed_precision", "bf16", "--dynamo_backend", "eager")
 
 
 def choice_id(value: tuple[str, ...] | str) -> str:
@@ -70,6 +74,10 @@ def test_training(launcher, features, run_folder, tmp_path):
     done = run_script(*launcher, "train_mask_adan.py", *TRAIN, *paths, "--max-steps", 2)
     run = tmp_path / "000-EDT-Tiny-2"
     assert done.returncode == 0 or (run / "checkpoints" / "0000002").is_dir(), done.stderr
+    for flag in ("--precision", "--compile"):
+        warning = f"has no effect: {flag} decides"
+        assert (warning in (run / "log.txt").read_text()) == (launcher == ACCELERATE)
+        assert (warning in done.stderr) == (launcher == ACCELERATE)
     for row, expected in zip(metrics(run), metrics(run_folder), strict=True):
         assert row["loss_full"] == pytest.approx(expected["loss_full"], rel=1e-5)
         assert row["loss_masked"] == pytest.approx(expected["loss_masked"], rel=1e-5)
@@ -269,7 +277,16 @@ def test_fine_tuning_keeps_the_weights_that_fit(features, run_folder, tmp_path):
         torch.testing.assert_close(after[name], before[name], msg=name)
     log = (tmp_path / "tuned" / "log.txt").read_text()
     assert f"1 parameters resized: {table}" in log
-    assert "0 parameters new" in log
+    assert "0 parameters new: none" in log
+    kept = re.search(r"(\d+) parameters kept: (.*)", log)
+    assert int(kept[1]) == len(kept[2].split(", "))
+    names = {name for name, _ in load_model(run_folder)[0].named_parameters()}
+    assert {table, *kept[2].split(", ")} == names
+    # The run is continued, so that it needs the weights no longer.
+    argv[-1] = str(tmp_path / "absent.pt")
+    argv[argv.index("--max-steps") + 1] = "2"
+    assert train_mask_adan.main(argv) == 0
+    assert "at step 1" in (tmp_path / "tuned" / "log.txt").read_text()
     grid = np.asarray(Image.open(tmp_path / "tuned" / "samples" / "0000001.png"))
     assert grid.shape == (4 * 18 + 2, 8 * 18 + 2, 3)
 
@@ -285,6 +302,21 @@ def test_tracker(features, tmp_path, capsys):
         assert any(
             path.stat().st_size > 100 for path in (tmp_path / "run").rglob("events.out.tfevents.*")
         )
+
+
+def test_a_curve_of_tensorboard_goes_back_with_the_run(features, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    paths = ("--feature-path", str(features), "--run-dir", str(run), "--ckpt-every", "2")
+    argv = [*TRAIN, *paths, "--tracker", "tensorboard", "--max-steps"]
+    assert train_mask_adan.main([*argv, "4"]) == 0
+    time.sleep(1.1)  # TensorBoard orders its files by the second
+    assert train_mask_adan.main([*argv, "5", "--resume-step", "2"]) == 0
+    curves = events.EventAccumulator(str(run / "edt"))
+    curves.Reload()
+    for name in ("loss", "images_seen", "skipped_steps", "loss_by_timestep_quartile/1"):
+        assert [event.step for event in curves.Scalars(name)] == [1, 2, 3, 4, 5], name
+    assert [event.value for event in curves.Scalars("images_seen")] == [4, 8, 12, 16, 20]
 
 
 def test_sampling_again_draws_only_the_missing_images(trained, tmp_path, capsys, monkeypatch):

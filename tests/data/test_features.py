@@ -30,12 +30,18 @@ def test_packed_and_npy_hold_the_same(image_folder, tmp_path):
         assert torch.equal(batch.labels, labels[indices])
 
 
-def test_a_release_folder_without_manifest_is_read(tmp_path):
+def release_folder(folder, shape=(1, 4, 8, 8)):
+    """12 images in the release's layout; every number of latent i is i."""
     for kind in ("imagenet_features", "imagenet_labels"):
-        (tmp_path / kind).mkdir()
+        (folder / kind).mkdir(parents=True)
     for i in range(12):
-        np.save(tmp_path / "imagenet_features" / f"{i}.npy", np.full((1, 4, 8, 8), i, np.float32))
-        np.save(tmp_path / "imagenet_labels" / f"{i}.npy", np.array([i * 80]))
+        np.save(folder / "imagenet_features" / f"{i}.npy", np.full(shape, i, np.float32))
+        np.save(folder / "imagenet_labels" / f"{i}.npy", np.array([i * 80]))
+    return folder
+
+
+def test_a_release_folder_without_manifest_is_read(tmp_path):
+    release_folder(tmp_path)
     features, latents, labels = read_all(tmp_path)
     assert latents[:, 0, 0, 0].tolist() == list(range(12))
     assert labels.tolist() == list(range(0, 960, 80))
@@ -44,6 +50,75 @@ def test_a_release_folder_without_manifest_is_read(tmp_path):
     features.validate_against(image_size=256)  # unknown, so nothing to compare
     assert features.num_classes == 1000
     assert features.info().to_dict() == {"count": 12}
+
+
+def test_latents_without_a_leading_dimension_are_read(tmp_path):
+    release_folder(tmp_path, (4, 8, 8))
+    np.save(tmp_path / "imagenet_features" / "5.npy", np.full((1, 4, 8, 8), 5, np.float16))
+    np.save(tmp_path / "imagenet_labels" / "5.npy", np.float32(400))
+    (tmp_path / "imagenet_features" / "._5.npy").write_bytes(b"macOS")
+    features, latents, labels = read_all(tmp_path)
+    assert features.latent_shape == (4, 8, 8)
+    assert latents.shape == (12, 4, 8, 8)
+    assert latents[:, 3, 7, 7].tolist() == list(range(12))
+    assert labels.tolist() == list(range(0, 960, 80))
+
+
+@pytest.mark.parametrize(
+    ("file", "array", "message"),
+    [
+        ("imagenet_labels/7.npy", np.array([np.nan]), "holds the label nan"),
+        ("imagenet_labels/7.npy", np.array([np.inf]), "holds the label inf"),
+        ("imagenet_labels/7.npy", np.array([1.7]), "holds the label 1.7"),
+        ("imagenet_labels/7.npy", np.array(["cat"]), "holds the label 'cat'"),
+        ("imagenet_labels/7.npy", np.array([3, 4]), "has shape (2,), and a label is one number"),
+        ("imagenet_features/7.npy", np.zeros((1, 4, 8, 16)), "has shape (1, 4, 8, 16)"),
+        ("imagenet_features/7.npy", np.zeros((1, 8, 8, 4), np.float32), "(1, 8, 8, 4)"),
+        ("imagenet_features/7.npy", np.zeros((2, 4, 8, 8)), "a latent is (1, C, H, W)"),
+        ("imagenet_features/7.npy", np.zeros((8, 8)), "a latent is (1, C, H, W)"),
+        ("imagenet_features/7.npy", np.zeros((1, 4, 8, 8), complex), "holds complex128"),
+    ],
+)
+def test_files_of_the_release_layout_are_checked_when_opened(file, array, message, tmp_path):
+    np.save(release_folder(tmp_path) / file, array)
+    with pytest.raises(UserError) as error:
+        open_features(tmp_path)
+    assert f"{tmp_path / file} " in str(error.value)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("layout", ["npy", "packed"])
+def test_oblong_latents_and_negative_labels_are_refused(layout, image_folder, tmp_path):
+    if layout == "npy":
+        for shape in ((1, 4, 8, 16), (4, 16, 8)):
+            with pytest.raises(UserError, match="are oblong"):
+                open_features(release_folder(tmp_path / str(shape), shape))
+        folder, place = release_folder(tmp_path / "f"), "imagenet_features/7.npy"
+        np.save(folder / "imagenet_labels" / "7.npy", np.array([-1]))
+    else:
+        folder, place = tmp_path / "f", "shard-00001.npy, row 3"
+        extract(image_folder, folder, "--shard-size", 4)
+        labels = np.load(folder / "labels.npy")
+        labels[7] = -1
+        np.save(folder / "labels.npy", labels)
+    with pytest.raises(UserError) as error:
+        open_features(folder).validate_against()
+    assert f"has label -1 for {place}," in str(error.value)
+    opened = open_features(folder)
+    opened.validate_against(num_classes=0)  # without classes, labels say nothing
+    assert not opened.labels.any()
+
+
+def test_the_place_of_an_image(image_folder, tmp_path):
+    extract(image_folder, tmp_path / "f", "--shard-size", 16)
+    places = [open_features(tmp_path / "f").locate(i) for i in (0, 15, 16, 39)]
+    assert places == [
+        "shard-00000.npy, row 0",
+        "shard-00000.npy, row 15",
+        "shard-00001.npy, row 0",
+        "shard-00002.npy, row 7",
+    ]
+    assert open_features(release_folder(tmp_path / "g")).locate(10) == "imagenet_features/10.npy"
 
 
 @pytest.mark.parametrize(

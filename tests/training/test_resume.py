@@ -297,6 +297,13 @@ def test_nan_in_the_data_is_survived_and_too_many_are_not(features, tmp_path, ca
     skipped_steps = metrics(run)[-1]["skipped_steps"]
     assert skipped_steps in (1, 2)
     assert sum(row["loss"] is None for row in metrics(run)) == skipped_steps
+    log = (run / "log.txt").read_text()
+    image = "1 of its 12 images were not finite: image 5 (shard-00000.npy, row 5)"
+    for row in metrics(run):
+        if row["loss"] is None:
+            assert f"step {row['step']} was skipped: the losses of {image}\n" in log
+    assert log.count(image) == skipped_steps
+    assert f"skipped {skipped_steps}  " in log.splitlines()[-2]  # the console's last line
     assert all(value.isfinite().all() for value in tensors(run).values())
     latents[:] = np.nan
     np.save(poisoned / "shard-00000.npy", latents)
@@ -304,4 +311,11 @@ def test_nan_in_the_data_is_survived_and_too_many_are_not(features, tmp_path, ca
         train(poisoned, run, 20, "--max-skipped-steps", 3)
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "3 steps in a row were not finite" in message
+    assert "the last good checkpoint is" in message
     assert "checkpoints/0000006" in message
+    with pytest.raises(SystemExit):
+        train(poisoned, tmp_path / "new", 20, "--max-skipped-steps", 3)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "3 steps in a row were not finite; no checkpoint was saved before" in message
+    log = (tmp_path / "new" / "log.txt").read_text()
+    assert log.count("the losses of 12 of its 12 images were not finite: image ") == 3

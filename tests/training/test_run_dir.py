@@ -124,6 +124,8 @@ def old_state(values: dict) -> None:
     del config["final_lr"], config["min_snr_gamma"]
     assert values.pop("skipped_steps") == 0
     values["bad_steps"] = 3
+    assert values.pop("images_seen") == 2 * 4
+    assert values.pop("epoch") == "1/5"
 
 
 def old_config(values: dict) -> None:
@@ -157,6 +159,7 @@ def test_a_run_of_version_0_1_is_continued(old_run, run_folder, features, tmp_pa
     assert states[0].pop("skipped_steps") == 3
     assert states[1].pop("skipped_steps") == 0
     assert states[0] == states[1]
+    assert (states[0]["images_seen"], states[0]["epoch"]) == (3 * 4, "3/10")
 
 
 def test_a_run_of_version_0_1_with_other_flags_is_refused(old_run, features, capsys):
@@ -172,3 +175,53 @@ def test_a_model_of_version_0_1_is_loaded(old_run, run_folder):
     assert old.config.image_size == 16
     for name, value in new.state_dict().items():
         assert value.equal(old.state_dict()[name]), name
+
+
+# ---------------------------------------------------------------------------------------------
+# What the log says
+
+
+def test_without_a_run_folder_the_unfinished_run_is_named(features, tmp_path):
+    def log(results: Path, *flags: str) -> str:
+        argv = [*TRAIN, "--feature-path", str(features), "--results-dir", str(results), *flags]
+        assert train_mask_adan.main(argv) == 0
+        newest = max(results.glob("*-EDT-Tiny-2"))
+        return (newest / "log.txt").read_text()
+
+    assert "unfinished" not in log(tmp_path, "--max-steps", "2")
+    unfinished = (tmp_path / "000-EDT-Tiny-2").rename(tmp_path / "mine")
+    text = log(tmp_path, "--max-steps", "3")
+    assert f"{unfinished} holds an unfinished run of the same settings, at step 2 of 3" in text
+    assert f"--run-dir {unfinished} continues the unfinished one" in text
+    assert "unfinished" not in log(tmp_path, "--max-steps", "2")
+    assert "unfinished" not in log(tmp_path, "--max-steps", "3", "--init-lr", "0.01")
+    for checkpoint in tmp_path.glob("*/checkpoints/0000002"):
+        shutil.rmtree(checkpoint)
+    assert "unfinished" not in log(tmp_path, "--max-steps", "3")  # nothing to continue
+
+
+def test_a_finished_run_is_called_finished(run_folder, features, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    argv = [*TRAIN, "--feature-path", str(features), "--run-dir", str(run)]
+    for max_steps in ("2", "1"):
+        (run / "log.txt").unlink()
+        assert train_mask_adan.main([*argv, "--max-steps", max_steps]) == 0
+        text = (run / "log.txt").read_text()
+        assert "0000002 is finished: it is at step 2, epoch 0.20, and" in text
+        assert f"training ends at step {max_steps};" in text
+        assert "resumed" not in text
+
+
+def test_epochs_and_images_are_counted_across_batch_sizes(features, tmp_path):
+    argv = [*TRAIN, "--feature-path", str(features), "--run-dir", str(tmp_path / "run")]
+    assert train_mask_adan.main([*argv, "--global-batch-size", "20", "--epochs", "3"]) == 0
+    argv += ["--allow-config-change", "--epochs"]
+    assert train_mask_adan.main([*argv, "4", "--global-batch-size", "12"]) == 0
+    assert train_mask_adan.main([*argv, "5", "--global-batch-size", "40"]) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    images = [20, 40, 60, 80, 100, 120, 132, 144, 156, 196]
+    assert [row["images_seen"] for row in rows] == images
+    epochs = [0.5, 1, 1.5, 2, 2.5, 3, 10 / 3, 11 / 3, 4, 5]
+    assert [row["epoch"] for row in rows] == epochs

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny_training import NUM_CLASSES, state_tensors, tiny_batch, tiny_model, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -260,21 +261,48 @@ def test_an_accelerator_of_another_precision_is_refused():
     Trainer(tiny_model(), TrainConfig(precision="bf16"), accelerator)
 
 
-def test_variables_of_the_launcher_change_no_number(monkeypatch, fresh_process):
-    from accelerate.state import AcceleratorState
-
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MIXED_PRECISION": "bf16", "GRADIENT_ACCUMULATION_STEPS": "4"},
+        {"MIXED_PRECISION": "fp16", "GRADIENT_ACCUMULATION_STEPS": "auto"},
+        {"DYNAMO_BACKEND": "EAGER", "GRADIENT_CLIPPING": "0.001"},
+    ],
+    ids=str,
+)
+def test_variables_of_the_launcher_change_no_number(variables, monkeypatch):
     def losses_and_gradients() -> list[torch.Tensor]:
         AcceleratorState._reset_state(reset_partial_state=True)
         config = TrainConfig(global_batch_size=6, precision="fp32")
         trainer = Trainer(tiny_model(), config, create_accelerator(), micro_batch_size=4)
+        assert trainer.network is trainer.model  # neither compiled nor wrapped
         losses = trainer.train_step(tiny_batch(0)).losses
         return [losses, *(p.grad for p in trainer.model.parameters())]
 
     expected = losses_and_gradients()
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    for name, value in variables.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
     for tensor, expected_tensor in zip(losses_and_gradients(), expected, strict=True):
         assert torch.equal(tensor, expected_tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("USE_FSDP", "true", "asks for FSDP"),
+        ("USE_DEEPSPEED", "True", "asks for DeepSpeed"),
+        ("USE_MEGATRON_LM", "true", "asks for Megatron-LM"),
+        ("USE_PARALLELISM_CONFIG", "true", "asks for tensor or context parallelism"),
+        ("MIXED_PRECISION", "fp8", "asks for fp8"),
+        ("FP8_BACKEND", "TE", "asks for fp8"),
+    ],
+)
+def test_a_launcher_that_asks_for_another_way_of_training_is_refused(
+    name, value, message, monkeypatch
+):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(UserError, match=message):
+        create_accelerator()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,7 +332,7 @@ def test_a_step_never_asks_the_device(noise, max_grad_norm):
             meter.add(trainer.train_step(tiny_batch(step)))
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
             bool(trainer.skipped_steps)
-    assert meter.read(1)["loss"] > 0
+    assert meter.read()["loss"] > 0
     assert trainer.skipped_in_a_row == 0
 
 

@@ -2,15 +2,16 @@
 
 import json
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_training import tiny_trainer
+from tiny_training import tiny_batch, tiny_trainer
 
 from edt.registry import create_model
 from edt.training.config import TrainConfig
-from edt.training.metrics import Meter, append_row, drop_rows_after
+from edt.training.metrics import Meter, append_row, drop_rows_after, tracker_values
 from edt.training.trainer import StepReport, Trainer
 from edt.utils.errors import UserError
 
@@ -63,8 +64,9 @@ def row() -> dict:
     for step in REPORTS:
         meter.add(step)
     trainer.step, trainer.skipped_steps = 30, torch.tensor(1)
+    trainer.images_seen, trainer.epoch = 130, Fraction(5, 2)
     trainer.optimizer.param_groups[0]["lr"] = 0.125
-    return meter.read(steps_per_epoch=12)
+    return meter.read()
 
 
 def test_losses_are_weighted_means_over_the_steps_that_were_applied(row):
@@ -90,7 +92,7 @@ def test_losses_by_quartile_of_the_timestep(row):
 
 def test_counters(row):
     assert row["step"] == 30
-    assert row["images_seen"] == 30 * BATCH_SIZE
+    assert row["images_seen"] == 130
     assert row["epoch"] == 2.5
     assert row["skipped_steps"] == 1
     assert row["lr"] == 0.125
@@ -104,7 +106,7 @@ def test_rates(row, monkeypatch):
     meter = Meter(trainer)
     for step in REPORTS:
         meter.add(step)
-    row = meter.read(steps_per_epoch=12)
+    row = meter.read()
     assert row["images_per_sec"] == pytest.approx(3 * BATCH_SIZE / 2.0)
     expected = row["images_per_sec"] * meter.flops_per_image / 1e12
     assert row["model_tflops_per_sec"] == pytest.approx(expected)
@@ -124,20 +126,59 @@ def test_means_begin_again_after_a_line():
     trainer = tiny_trainer(global_batch_size=BATCH_SIZE)
     meter = Meter(trainer)
     meter.add(REPORTS[0])
-    meter.read(1)
+    meter.read()
     meter.add(REPORTS[2])
     expected = (REPORTS[2].weight * REPORTS[2].losses[:, 0]).mean().item()
-    assert meter.read(1)["loss_full"] == pytest.approx(expected)
+    assert meter.read()["loss_full"] == pytest.approx(expected)
 
 
 def test_a_line_without_an_applied_step_has_no_loss(tmp_path):
     trainer = tiny_trainer(global_batch_size=BATCH_SIZE)
     meter = Meter(trainer)
     meter.add(REPORTS[1])
-    append_row(tmp_path / "metrics.jsonl", meter.read(1))
+    append_row(tmp_path / "metrics.jsonl", meter.read())
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row["loss"] is None
     assert row["loss_by_timestep_quartile"] == [None] * 4
+
+
+def test_a_step_counts_its_images():
+    trainer = tiny_trainer()
+    for _ in range(2):
+        trainer.train_step(tiny_batch(0))
+    assert trainer.images_seen == 12
+    assert trainer.state().images_seen == 12
+
+
+def test_skipped_steps_and_their_images_are_known_once():
+    trainer = tiny_trainer(global_batch_size=BATCH_SIZE)
+    meter = Meter(trainer)
+    one_image = [[1.0, 2.0], [1.0, math.inf], [3.0, 4.0], [math.nan, 1.0]]
+    finite = [[1.0, 2.0]] * 4
+    for losses, grad_norm, found_inf in (
+        (finite, 1.0, False),
+        (one_image, math.nan, True),
+        (finite, 2.0, False),
+        (finite, math.inf, True),
+    ):
+        trainer.step += 1
+        meter.add(report([1, 2, 3, 4], [1.0] * 4, losses, grad_norm, found_inf))
+    assert meter.skipped_steps() == {2: [1, 3], 4: []}
+    assert meter.skipped_steps() == {}
+
+
+def test_a_tracker_gets_every_number():
+    row = {"step": 3, "images_seen": 12, "loss": 0.5, "model_flops_utilization": None}
+    row["loss_by_timestep_quartile"] = [1.0, 2.0, math.nan, 4.0]
+    values = tracker_values(row)
+    assert values.pop("loss_by_timestep_quartile/3") is row["loss_by_timestep_quartile"][2]
+    assert values == {
+        "images_seen": 12,
+        "loss": 0.5,
+        "loss_by_timestep_quartile/1": 1.0,
+        "loss_by_timestep_quartile/2": 2.0,
+        "loss_by_timestep_quartile/4": 4.0,
+    }
 
 
 def test_rows_of_repeated_steps_are_dropped(tmp_path):
