@@ -19,6 +19,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
+from edt.metrics.image_arrays import check_array, check_values
 from edt.utils.errors import UserError
 from edt.utils.files import file_sha256
 from edt.utils.image_files import open_image, read_image
@@ -28,9 +29,18 @@ Crop = Callable[[Image.Image], Image.Image]
 
 # Images read at opening to check their values. A few suffice: a wrong conversion affects all.
 PEEK_IMAGES = 64
-TO_UINT8 = "convert images in [-1, 1] with clamp(127.5 * x + 128, 0, 255) to uint8"
-# What numpy and zipfile raise for a damaged or missing file.
-READ_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+PART_BYTES = 1 << 26  # of an array that is read in pieces
+# What numpy and zipfile raise for a damaged or missing file. A RuntimeError says that the file is
+# encrypted or of another version: so a damaged header looks.
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class ImageSet(ABC):
@@ -72,8 +82,9 @@ class ArrayImages(ImageSet):
     """
 
     def __init__(self, images: np.ndarray, name: str = "the image array"):
-        _check_array(name, images.shape, images.dtype)
-        _check_values(name, images[:PEEK_IMAGES])
+        check_array(name, images.shape, images.dtype, [images])
+        _check_count(name, len(images))
+        check_values(name, images[:PEEK_IMAGES])
         self.name = name
         self.count, height, width, _ = images.shape
         self.resolution = (height, width)
@@ -100,12 +111,11 @@ class NpzImages(ImageSet):
     def __init__(self, path: Path):
         self.name, self._path = str(path), path
         with open_npz_array(path, "arr_0") as (file, shape, dtype):
-            if dtype.kind == "f":
-                _refuse_floats(self.name, shape, dtype, file)
-            _check_array(self.name, shape, dtype)
+            check_array(self.name, shape, dtype, _read_parts(file, dtype))
+        _check_count(self.name, shape[0])
         self.count, height, width, _ = shape
         self.resolution = (height, width)
-        _check_values(self.name, next(self.batches(PEEK_IMAGES)))
+        check_values(self.name, next(self.batches(PEEK_IMAGES)))
         labels = read_npz(path, ("arr_1",)).get("arr_1", np.empty(0))
         if labels.shape == (self.count,):
             self.sorted_by_class = bool(labels[0] != labels[-1] and (np.diff(labels) >= 0).all())
@@ -244,7 +254,7 @@ def npz_names(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (OSError, zipfile.BadZipFile) as error:
+    except READ_ERRORS as error:
         raise _unreadable(path, error) from None
 
 
@@ -258,41 +268,15 @@ def _read_rows(file: IO[bytes], count: int, shape: tuple[int, ...], dtype: np.dt
     return np.frombuffer(data, dtype).reshape(count, *shape[1:])
 
 
-def _check_array(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    if dtype != np.uint8:
-        raise UserError(f"{name} holds {dtype}, not uint8; {TO_UINT8}")
-    if len(shape) != 4 or shape[3] != 3:
-        raise UserError(
-            f"{name} has shape {tuple(shape)}; give images of shape (count, height, width, 3)"
-        )
-    _check_count(name, shape[0])
+def _read_parts(file: IO[bytes], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """All values of an array, in the order of the file."""
+    while data := file.read(PART_BYTES // dtype.itemsize * dtype.itemsize):
+        yield np.frombuffer(data, dtype)
 
 
 def _check_count(name: str, count: int) -> None:
     if count < 2:
         raise UserError(f"{name} holds {count} image(s); give at least 2, which a covariance needs")
-
-
-def _check_values(name: str, images: np.ndarray) -> None:
-    """Refuse images whose only values are 0 and 1, or 0, 1 and 255.
-
-    Floats in [0, 1] or [-1, 1] become such images when they are cast to integers without scaling.
-    """
-    values = np.flatnonzero(np.bincount(images.ravel(), minlength=256))
-    if 1 in values and set(values) <= {0, 1, 255}:
-        raise UserError(
-            f"{name} holds only the values {values.tolist()}: floats were cast without scaling; "
-            f"{TO_UINT8}"
-        )
-
-
-def _refuse_floats(name: str, shape: tuple[int, ...], dtype: np.dtype, file: IO[bytes]) -> None:
-    """Raise a :class:`UserError` that says what the first images of a float array hold."""
-    values = _read_rows(file, min(shape[0], PEEK_IMAGES), shape, dtype) if shape else np.empty(0)
-    if np.isnan(values).any():
-        raise UserError(f"{name} holds NaN; the sampler diverged, sample the images again")
-    span = f" in [{values.min():.3g}, {values.max():.3g}]" if values.size else ""
-    raise UserError(f"{name} holds {dtype}{span}, not uint8; {TO_UINT8}")
 
 
 def _pixels(resolution: tuple[int, int]) -> str:
