@@ -6,6 +6,7 @@ repository guided-diffusion.
 Each score is a function of arrays: :func:`frechet_distance` (FID and sFID),
 :func:`inception_score`, :func:`precision_recall` and :func:`kernel_distance` (KID).
 :class:`StreamingMoments` computes the mean and covariance that the first needs.
+:class:`FactoredMoments` replaces it for fewer images than dimensions.
 
 From files to scores::
 
@@ -23,7 +24,13 @@ from edt.metrics.computation import compute_statistics, make_reference
 from edt.metrics.evaluate import SCORE_LINES, check_comparable, compare, evaluate
 from edt.metrics.extractors import create_extractor
 from edt.metrics.features import Backend, FeatureExtractor, FeatureName, PixelFeatures
-from edt.metrics.frechet import Moments, StreamingMoments, frechet_distance
+from edt.metrics.frechet import (
+    FactoredMoments,
+    Moments,
+    StreamingMoments,
+    frechet_distance,
+    moments_distance,
+)
 from edt.metrics.inception_score import inception_score, inception_score_splits
 from edt.metrics.kid import kernel_distance
 from edt.metrics.precision_recall import PrecisionRecallMode, precision_recall
@@ -33,6 +40,7 @@ from edt.metrics.statistics import Statistics
 __all__ = [
     "SCORE_LINES",
     "Backend",
+    "FactoredMoments",
     "FeatureExtractor",
     "FeatureName",
     "PrecisionRecallMode",
@@ -51,6 +59,7 @@ __all__ = [
     "inception_score_splits",
     "kernel_distance",
     "make_reference",
+    "moments_distance",
     "open_source",
     "precision_recall",
 ]

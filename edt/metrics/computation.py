@@ -1,6 +1,7 @@
 """Computes the statistics of an image set."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,16 @@ import torch
 from tqdm import tqdm
 
 from edt.metrics.features import FeatureExtractor
-from edt.metrics.frechet import StreamingMoments
+from edt.metrics.frechet import FactoredMoments, Moments, StreamingMoments
 from edt.metrics.images import ImageSet
+from edt.metrics.precision_recall import NEIGHBOURS
 from edt.metrics.sources import Source
 from edt.metrics.statistics import Statistics, read_statistics, write_statistics
 from edt.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MANY = 0.01  # share of images that are copies, or of one colour, from which on a warning appears
 
 
 def compute_statistics(
@@ -41,9 +47,8 @@ def compute_statistics(
         UserError: the extractor cannot handle the images, or the stored statistics were computed
             with other features or weights.
     """
+    check_extractor(source, extractor)
     stored = source.statistics
-    if stored is not None:
-        _check_extractor(source.name, stored, extractor)
     if source.images is not None:
         computed = _cached_image_statistics(
             source.images, extractor, batch_size, cache_dir, progress
@@ -56,17 +61,27 @@ def compute_statistics(
     return stored
 
 
-def _check_extractor(name: str, stored: Statistics, extractor: FeatureExtractor) -> None:
-    """Check that the extractor's features may be compared with stored statistics."""
+def check_extractor(source: Source, extractor: FeatureExtractor) -> None:
+    """Check that the extractor can handle a source.
+
+    Raises:
+        UserError: it cannot handle the images, or the stored statistics were computed with other
+            features or weights.
+    """
+    if source.images is not None:
+        extractor.check(source.images.resolution)
+    stored = source.statistics
+    if stored is None:
+        return
     if stored.feature_name != extractor.name:
         raise UserError(
-            f"{name} was opened with statistics of {stored.feature_name} features; "
+            f"{source.name} was opened with statistics of {stored.feature_name} features; "
             f"open it with feature_name={extractor.name!r}"
         )
     # ADM's files record no hash. They were made with the published weights.
     if stored.weights_sha256 not in (None, extractor.weights_sha256):
         raise UserError(
-            f"{name} was made with other Inception weights; make it again with make-ref"
+            f"{source.name} was made with other Inception weights; make it again with make-ref"
         )
 
 
@@ -78,17 +93,52 @@ def _cached_image_statistics(
     progress: bool,
 ) -> Statistics:
     """Statistics of images, features included; read from the cache if it has them."""
-    extractor.check(images.resolution)
     cached = cache_dir / f"{_cache_key(images, extractor)}.npz" if cache_dir else None
-    if cached and cached.exists():
-        return read_statistics(cached)
-    collector = _StatisticsCollector(images, extractor, keep_features=True)
-    for batch in _batches_with_bar(images, batch_size, progress):
-        collector.add(batch)
-    statistics = collector.statistics()
-    if cached:
-        write_statistics(cached, statistics)
+    statistics = _read_cached(cached, images) if cached and cached.exists() else None
+    if statistics is None:
+        collector = _StatisticsCollector(images, extractor, keep_features=True)
+        for batch in _batches_with_bar(images, batch_size, progress):
+            collector.add(batch)
+        statistics = collector.statistics()
+        if cached:
+            write_statistics(cached, statistics)
+    _warn_of_repeated_images(images.name, statistics)
     return statistics
+
+
+def _read_cached(path: Path, images: ImageSet) -> Statistics | None:
+    """Statistics of images from the cache; None, with a warning, if the file is damaged."""
+    try:
+        statistics = read_statistics(path)
+        if statistics.features is None or len(statistics.features) != images.count:
+            raise UserError(f"{path} lacks the features of {images.count} images")
+        return statistics
+    except UserError as error:
+        logger.warning("warning: the cached features are damaged and computed again: %s", error)
+        return None
+
+
+def _warn_of_repeated_images(name: str, statistics: Statistics) -> None:
+    """Warn of many copies, or of many images of one colour: something failed on the way."""
+    count, distinct, plain = statistics.count, statistics.distinct_count, statistics.plain_count
+    if count is None or distinct is None or plain is None:
+        return  # recorded by an earlier version
+    if count - distinct > MANY * count:
+        logger.warning(
+            "warning: %d of the %d images in %s are copies of others; "
+            "check how they were made, since copies distort the scores",
+            count - distinct,
+            count,
+            name,
+        )
+    if plain > MANY * count:
+        logger.warning(
+            "warning: %d of the %d images in %s have a single colour, as all-black images do; "
+            "check how they were made",
+            plain,
+            count,
+            name,
+        )
 
 
 def make_reference(
@@ -113,10 +163,16 @@ def make_reference(
         progress: show a bar on stderr.
 
     Raises:
-        UserError: the extractor cannot handle the images.
+        UserError: the extractor cannot handle the images, or they are too few for precision and
+            recall.
     """
     extractor.check(images.resolution)
     count = min(image_count, images.count)
+    if count <= NEIGHBOURS:
+        raise UserError(
+            f"a reference of {count} images is too small for precision and recall; "
+            f"keep at least {NEIGHBOURS + 1}"
+        )
     is_kept = np.zeros(images.count, bool)
     is_kept[np.random.default_rng(0).choice(images.count, count, replace=False)] = True
     collector = _StatisticsCollector(images, extractor, keep_features=False)
@@ -126,7 +182,9 @@ def make_reference(
         kept_images.append(batch[is_kept[start : start + len(batch)]])
         start += len(batch)
         collector.add(batch)
-    write_statistics(path, collector.statistics(), arr_0=np.concatenate(kept_images))
+    statistics = collector.statistics()
+    _warn_of_repeated_images(images.name, statistics)
+    write_statistics(path, statistics, arr_0=np.concatenate(kept_images))
 
 
 def _batches_with_bar(images: ImageSet, batch_size: int, progress: bool) -> Iterator[np.ndarray]:
@@ -149,6 +207,9 @@ class _StatisticsCollector:
         self._images, self._extractor, self._keep_features = images, extractor, keep_features
         # The dimensions are known from the first batch on.
         self._moments: StreamingMoments | None = None
+        # Hashes: 50,000 images of 256 pixels take 10 GB.
+        self._distinct: set[int] = set()
+        self._plain_count = 0
         self._spatial_moments: StreamingMoments | None = None
         self._features: list[np.ndarray] = []
 
@@ -163,11 +224,16 @@ class _StatisticsCollector:
             raise UserError(
                 f"features of {self._images.name} are not finite; check the network's weights"
             )
-        self._moments = self._updated(self._moments, features)
+        # The features of fewer images than dimensions give factored moments at the end.
+        if not (self._keep_features and self._images.count < features.shape[1]):
+            self._moments = self._updated(self._moments, features)
         if spatial_features is not None:
             self._spatial_moments = self._updated(self._spatial_moments, spatial_features)
         if self._keep_features:
             self._features.append(features.cpu().numpy())
+        self._distinct.update(hash(image.tobytes()) for image in batch)
+        pixels = batch.reshape(len(batch), -1, batch.shape[-1])
+        self._plain_count += int((pixels == pixels[:, :1]).all((1, 2)).sum())
 
     def _updated(self, moments: StreamingMoments | None, rows: torch.Tensor) -> StreamingMoments:
         moments = moments or StreamingMoments(rows.shape[1], self._extractor.device)
@@ -175,21 +241,29 @@ class _StatisticsCollector:
         return moments
 
     def statistics(self) -> Statistics:
-        """Statistics of all images so far.
+        """Statistics of all images.
 
         Raises:
             UserError: there are fewer than two.
         """
-        if self._moments is None:
+        features = np.concatenate(self._features) if self._features else None
+        moments: Moments | FactoredMoments
+        if self._moments is not None:
+            moments = self._moments.moments()
+        elif features is not None:
+            moments = FactoredMoments.of_rows(features)
+        else:
             raise UserError(f"{self._images.name} holds no images; give at least 2")
         return Statistics(
             self._extractor.name,
-            self._moments.moments(),
+            moments,
             self._spatial_moments.moments() if self._spatial_moments else None,
-            np.concatenate(self._features) if self._keep_features else None,
+            features,
             self._images.count,
             self._images.resolution,
             self._extractor.weights_sha256,
+            len(self._distinct),
+            self._plain_count,
         )
 
 

@@ -1,18 +1,25 @@
 """From two image sets to their scores."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edt.metrics.computation import compute_statistics
+from edt.metrics.computation import check_extractor, compute_statistics
 from edt.metrics.features import FeatureExtractor, FeatureName
-from edt.metrics.frechet import frechet_distance
+from edt.metrics.frechet import moments_distance
 from edt.metrics.images import ImageSet
+from edt.metrics.inception_graph import FEATURES, SPATIAL_FEATURES
 from edt.metrics.inception_score import inception_score
 from edt.metrics.kid import kernel_distance
-from edt.metrics.precision_recall import PrecisionRecallMode, precision_recall
+from edt.metrics.precision_recall import (
+    NEIGHBOURS,
+    PrecisionRecallMode,
+    check_counts,
+    precision_recall,
+)
 from edt.metrics.sources import Source
 from edt.metrics.statistics import Statistics
 from edt.utils.choices import check_choice
@@ -22,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 PUBLISHED_COUNT = 50_000  # number of samples behind published FID, sFID, IS, precision and recall
 SPLIT_SIZE = 5000  # consecutive images of one Inception Score, as in ADM
-NEIGHBOURS = 3  # k of precision and recall, as in ADM
 
 # Printed name and key of each score, in ADM's order and spelling.
 SCORE_LINES: dict[FeatureName, tuple[tuple[str, str], ...]] = {
@@ -70,6 +76,8 @@ def evaluate(
     """
     _check_pr(pr)  # before hours of computation
     check_comparable(reference, samples)
+    for source in (reference, samples):
+        check_extractor(source, extractor)
     if extractor.name == "inception" and samples.images:
         _warn_if_not_as_published(samples.images)
     options = batch_size, cache_dir, progress
@@ -119,10 +127,10 @@ def compare(
         splits = _inception_score_splits(samples.features, extractor)
         scores["inception_score_splits"] = splits
         scores["inception_score"] = float(np.mean(splits))
-    distance = frechet_distance(*reference.moments, *samples.moments)
+    distance = moments_distance(reference.moments, samples.moments)
     scores["fid" if inception else "frechet_distance"] = distance
     if reference.spatial_moments and samples.spatial_moments:
-        scores["sfid"] = frechet_distance(*reference.spatial_moments, *samples.spatial_moments)
+        scores["sfid"] = moments_distance(reference.spatial_moments, samples.spatial_moments)
     if reference.features is not None and samples.features is not None:
         features = reference.features, samples.features
         mode, device = pr or extractor.default_pr, extractor.device
@@ -150,11 +158,20 @@ def _inception_score_splits(features: np.ndarray, extractor: FeatureExtractor) -
 
 
 def check_comparable(reference: Source, samples: Source) -> None:
-    """Check that the images of both have one size, as far as it is known.
+    """Check that two sources can be compared, as far as it is known before features are computed.
 
     Raises:
-        UserError: they do not.
+        UserError: their images differ in size, their features differ in dimension, or one has too
+            few images for precision and recall.
     """
+    _check_resolutions(reference, samples)
+    _check_dimensions(reference, samples)
+    counts = _count_features(reference), _count_features(samples)
+    if counts[0] is not None and counts[1] is not None:
+        check_counts(counts[0], counts[1], NEIGHBOURS)
+
+
+def _check_resolutions(reference: Source, samples: Source) -> None:
     if reference.resolution is None or samples.resolution is None:
         return
     if reference.resolution != samples.resolution:
@@ -164,6 +181,40 @@ def check_comparable(reference: Source, samples: Source) -> None:
             f"the reference has {width}x{height} pixels and the samples "
             f"{sample_width}x{sample_height}; compare images of one size"
         )
+
+
+def _check_dimensions(reference: Source, samples: Source) -> None:
+    """Check the dimensions of stored statistics against those of the other side."""
+    stored = reference.statistics or samples.statistics
+    if stored is None:
+        return  # both are computed by the same extractor
+    dimensions = [_find_dimensions(source, stored.feature_name) for source in (reference, samples)]
+    for of_reference, of_samples in zip(*dimensions, strict=True):
+        if None not in (of_reference, of_samples) and of_reference != of_samples:
+            raise UserError(
+                f"{reference.name} has {stored.feature_name} features of {of_reference} "
+                f"dimensions, and {samples.name} of {of_samples}; "
+                "give statistics of the same features, or images"
+            )
+
+
+def _find_dimensions(source: Source, feature_name: str) -> tuple[int | None, int | None]:
+    """Dimensions of the features and the spatial features; None if unknown or absent."""
+    if source.statistics is not None:
+        spatial = source.statistics.spatial_moments
+        return source.statistics.moments.mean.size, spatial.mean.size if spatial else None
+    if feature_name == "inception":
+        return FEATURES, SPATIAL_FEATURES
+    return math.prod(source.resolution) * 3 if source.resolution else None, None
+
+
+def _count_features(source: Source) -> int | None:
+    """The number of images whose features are or will be known, None without any."""
+    if source.images is not None:
+        return source.images.count
+    if source.statistics is not None and source.statistics.features is not None:
+        return len(source.statistics.features)
+    return None
 
 
 def _warn_if_not_as_published(samples: ImageSet) -> None:

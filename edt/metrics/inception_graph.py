@@ -103,7 +103,7 @@ INPUT = "Mul"  # the resized and scaled image, 3 channels
 OUTPUT = "mixed_10/join"  # its mean over 8 x 8 pixels is the 2048 pool features
 SPATIAL = "mixed_6/conv"  # its first channels, 17 x 17 pixels, are sFID's features
 SPATIAL_CHANNELS = 7
-FEATURES, CLASSES = 2048, 1008
+FEATURES, SPATIAL_FEATURES, CLASSES = 2048, SPATIAL_CHANNELS * 17 * 17, 1008
 BATCH_NORM_EPSILON = 0.001
 
 

@@ -16,6 +16,7 @@ from edt.utils.errors import UserError
 # Arithmetic of the distances: "adm" reproduces published numbers, "exact" is float32.
 PrecisionRecallMode = Literal["adm", "exact"]
 
+NEIGHBOURS = 3  # k, as in ADM
 # ADM computes distances in square blocks. A block that overflows half precision is recomputed in
 # float32, so the size of a block affects the scores.
 BLOCK_ROWS = 10_000
@@ -25,7 +26,7 @@ CHUNK_ROWS = 1_000  # rows of a block that are computed at once; limits the memo
 def precision_recall(
     reference: np.ndarray | torch.Tensor,
     samples: np.ndarray | torch.Tensor,
-    k: int = 3,
+    k: int = NEIGHBOURS,
     mode: PrecisionRecallMode = "adm",
     device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
@@ -48,11 +49,7 @@ def precision_recall(
         UserError: a set has k images or fewer, or the mode is unknown.
     """
     check_choice("mode of precision and recall", mode, PrecisionRecallMode)
-    if min(len(reference), len(samples)) <= k:
-        raise UserError(
-            f"precision and recall at k = {k} need at least {k + 1} images on both sides; "
-            "give more images"
-        )
+    check_counts(len(reference), len(samples), k)
     reference = torch.as_tensor(reference, dtype=torch.float32)
     samples = torch.as_tensor(samples, dtype=torch.float32)
     with full_float32():
@@ -64,6 +61,19 @@ def precision_recall(
             reference_covered[rows] |= (distances <= sample_radii[columns]).any(1)
             sample_covered[columns] |= (distances <= reference_radii[rows, None]).any(0)
     return float(sample_covered.double().mean()), float(reference_covered.double().mean())
+
+
+def check_counts(reference: int, samples: int, k: int) -> None:
+    """Check that both sets have enough images for k neighbours.
+
+    Raises:
+        UserError: one has k images or fewer.
+    """
+    if min(reference, samples) <= k:
+        raise UserError(
+            f"precision and recall at k = {k} need at least {k + 1} images on both sides, but the "
+            f"reference has {reference} and the samples are {samples}; give more images"
+        )
 
 
 def _squared_radii(

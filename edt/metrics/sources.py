@@ -1,6 +1,7 @@
 """Opens the two sides of a comparison."""
 
 import json
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from edt.metrics.images import ArrayImages, Crop, FolderImages, ImageSet, NpzIma
 from edt.metrics.statistics import Statistics, read_statistics
 from edt.utils.choices import check_choice
 from edt.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+RECIPE_KEY = "cfg_scale"  # tells the sampler's recipe.json from those of other programs
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,12 @@ def _open_npz(path: Path, feature_name: FeatureName) -> Source:
 
 
 def _read_recipe(path: Path) -> dict | None:
-    if not path.exists():
-        return None
+    """The sampler's recipe.json; None if the file is another program's, or damaged."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); correct or remove it") from None
+        recipe = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning("warning: %s is not readable and left out of the report (%s)", path, error)
+        return None
+    return recipe if isinstance(recipe, dict) and RECIPE_KEY in recipe else None

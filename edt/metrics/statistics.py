@@ -5,13 +5,20 @@ from pathlib import Path
 
 import numpy as np
 
-from edt.metrics.frechet import Moments
+from edt.metrics.frechet import FactoredMoments, Moments, checked_moments
 from edt.metrics.images import read_npz
 from edt.utils.errors import UserError
 from edt.utils.files import atomic_write
 
 MOMENT_NAMES = (("mu", "sigma"), ("mu_s", "sigma_s"))  # ADM's names: pool and spatial features
-OPTIONAL_NAMES = ("features", "count", "resolution", "weights_sha256")
+OPTIONAL_NAMES = (
+    "features",
+    "count",
+    "resolution",
+    "weights_sha256",
+    "distinct_count",
+    "plain_count",
+)
 
 
 @dataclass(frozen=True)
@@ -19,12 +26,14 @@ class Statistics:
     """Moments and features of one image set, for one feature extractor."""
 
     feature_name: str  # the extractor's name
-    moments: Moments  # of the features
+    moments: Moments | FactoredMoments  # of the features
     spatial_moments: Moments | None = None  # None if the extractor has no spatial features
     features: np.ndarray | None = None  # (N, D) float32, None if only the moments are known
     count: int | None = None  # number of images behind the moments
     resolution: tuple[int, int] | None = None  # (height, width) of the images in pixels
     weights_sha256: str | None = None  # the extractor's; ADM's files do not record it
+    distinct_count: int | None = None  # different images among them
+    plain_count: int | None = None  # images of a single colour
 
 
 def read_statistics(path: Path) -> Statistics:
@@ -35,19 +44,39 @@ def read_statistics(path: Path) -> Statistics:
     """
     names = [name for pair in MOMENT_NAMES for name in pair] + ["feature_name", *OPTIONAL_NAMES]
     arrays = read_npz(path, tuple(names))
-    moments, spatial_moments = (_read_moments(path, arrays, *pair) for pair in MOMENT_NAMES)
+    # Other programs write files without a feature name. Their arrays of the optional names are
+    # something else.
+    optional = {name: arrays.get(name) for name in OPTIONAL_NAMES if "feature_name" in arrays}
+    features, count = optional.get("features"), _to_int(optional.get("count"))
+    moments: Moments | FactoredMoments | None
+    if features is not None and len(features) == count and count < features.shape[-1]:
+        moments = FactoredMoments.of_rows(features)
+    else:
+        moments = _read_moments(path, arrays, *MOMENT_NAMES[0])
     if moments is None:
         raise UserError(f"{path} holds no array {MOMENT_NAMES[0][0]}; give a statistics file")
+    if features is not None and features.shape[1:] != (moments.mean.size,):
+        raise UserError(
+            f"{path}: features have shape {features.shape}, but there are {moments.mean.size} "
+            "means; make the file again"
+        )
+    resolution, weights_sha256 = optional.get("resolution"), optional.get("weights_sha256")
     return Statistics(
         # ADM's files do not record a name. Their features are always Inception's.
         str(arrays.get("feature_name", "inception")),
         moments,
-        spatial_moments,
-        arrays.get("features"),
-        int(arrays["count"]) if "count" in arrays else None,
-        tuple(arrays["resolution"].tolist()) if "resolution" in arrays else None,
-        str(arrays["weights_sha256"]) if "weights_sha256" in arrays else None,
+        _read_moments(path, arrays, *MOMENT_NAMES[1]),
+        features,
+        count,
+        tuple(resolution.tolist()) if resolution is not None else None,
+        str(weights_sha256) if weights_sha256 is not None else None,
+        _to_int(optional.get("distinct_count")),
+        _to_int(optional.get("plain_count")),
     )
+
+
+def _to_int(value: np.ndarray | None) -> int | None:
+    return None if value is None else int(value)
 
 
 def _read_moments(
@@ -56,17 +85,14 @@ def _read_moments(
     """Moments with these names, checked; None if the file has none."""
     if mean_name not in arrays:
         return None
-    mean, covariance = arrays[mean_name], arrays.get(covariance_name, np.empty(0))
-    if covariance.shape != mean.shape * 2:
-        raise UserError(
-            f"{path}: {covariance_name} has shape {covariance.shape}, but {mean_name} has "
-            f"{mean.shape}; make the file again"
-        )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(
-            f"{path}: {mean_name} or {covariance_name} holds NaN or infinity; make the file again"
-        )
-    return Moments(mean, covariance)
+    if covariance_name not in arrays:
+        raise UserError(f"{path} holds {mean_name} but no {covariance_name}; make the file again")
+    moments = Moments(arrays[mean_name], arrays[covariance_name])
+    try:
+        checked_moments(moments)
+    except UserError as error:
+        raise UserError(f"{path}, {mean_name} and {covariance_name}: {error}") from None
+    return moments
 
 
 def write_statistics(path: Path, statistics: Statistics, **more: np.ndarray) -> None:
@@ -83,7 +109,11 @@ def write_statistics(path: Path, statistics: Statistics, **more: np.ndarray) -> 
         MOMENT_NAMES, (statistics.moments, statistics.spatial_moments), strict=True
     ):
         if moments:
-            arrays[mean_name], arrays[covariance_name] = moments
+            arrays[mean_name] = moments.mean
+            # With features, factored moments are computed again in less time than their covariance
+            # takes to read.
+            if isinstance(moments, Moments) or statistics.features is None:
+                arrays[covariance_name] = moments.covariance
     for name in OPTIONAL_NAMES:
         value = getattr(statistics, name)
         if value is not None:

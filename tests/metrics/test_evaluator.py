@@ -78,6 +78,34 @@ def test_bad_files_are_refused_before_the_network_is_looked_for(files, capsys):
     assert "missing.npz" in refusal(main, capsys, files / "missing.npz", files / "gen.npz")
 
 
+def test_advice_of_the_command_followed_gives_distance_zero(files, capsys):
+    images, command = random_images(0), (files / "ref.npz", files / "x.npz", "--features", "pixels")
+    for array in (images / 255, images / 127.5 - 1, images.astype(np.int64), images * 257.0):
+        np.savez(files / "x.npz", array)
+        advice = refusal(main, capsys, *command).split("convert with ")[1]
+        np.savez(files / "x.npz", eval(advice, {"np": np, "x": array}))
+        main([str(argument) for argument in command])
+        scores = printed_scores(capsys.readouterr().out)
+        assert scores["Pixel-space Frechet distance"] == pytest.approx(0, abs=1e-6)
+
+
+def test_what_cannot_be_compared_is_refused_before_the_network_is_looked_for(
+    files, capsys, monkeypatch
+):
+    monkeypatch.setattr("edt.metrics.extractors.find_weights", None)  # a call: TypeError
+    np.savez(files / "two.npz", random_images(3, 2))
+    np.savez(files / "64.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez(files / "complex.npz", mu=np.zeros(2048), sigma=np.eye(2048) * (1 + 0j))
+    for pair in (("ref.npz", "two.npz"), ("two.npz", "gen.npz")):
+        message = refusal(main, capsys, *(files / name for name in pair))
+        assert "precision and recall at k = 3 need at least 4 images" in message
+    message = refusal(main, capsys, files / "64.npz", files / "gen.npz")
+    assert "64 dimensions" in message
+    assert "2048" in message
+    message = refusal(main, capsys, files / "complex.npz", files / "gen.npz")
+    assert "complex.npz, mu and sigma: the statistics hold complex128" in message
+
+
 def test_bad_flags_are_refused(files, capsys):
     pair = (files / "ref.npz", files / "gen.npz", "--features", "pixels")
     assert "--device" in refusal(main, capsys, *pair, "--device", "abacus")

@@ -5,7 +5,13 @@ import pytest
 import torch
 from evaluation_helpers import ADM_GOLDEN, golden_reference, golden_samples
 
-from edt.metrics import Moments, StreamingMoments, frechet_distance
+from edt.metrics import (
+    FactoredMoments,
+    Moments,
+    StreamingMoments,
+    frechet_distance,
+    moments_distance,
+)
 from edt.utils.errors import UserError
 
 
@@ -78,6 +84,9 @@ def test_frechet_distance_is_symmetric_for_singular_covariances():
         (np.array([0, np.nan, 0]), np.eye(3), "NaN"),
         (np.zeros(3), np.array([[1, 2, 0], [0, 1, 0], [0, 0, 1]]), "symmetric"),
         (np.zeros(3), np.diag([1, -1, 1]), "negative"),
+        (np.zeros(3), np.eye(3) * 1j, "complex128, not real numbers"),
+        (np.zeros(3, complex), np.eye(3), "complex128, not real numbers"),
+        (np.array(["a", "b", "c"]), np.eye(3), "<U1, not real numbers"),
     ],
 )
 def test_invalid_moments_are_refused(mean, covariance, message):
@@ -91,3 +100,60 @@ def test_wrong_eigenvalues_are_refused(monkeypatch):
     )
     with pytest.raises(UserError, match="fail their check"):
         frechet_distance(np.zeros(3), np.eye(3), np.zeros(3), 2 * np.eye(3))
+    few = FactoredMoments.of_rows(np.eye(3)[:2])
+    for other in (few, Moments(np.zeros(3), np.eye(3))):
+        with pytest.raises(UserError, match="fail their check"):
+            moments_distance(few, other)
+
+
+def few_rows(seed: int, count: int, kind: str) -> np.ndarray:
+    """Rows (count, 192), like the pixels of images."""
+    r = np.random.default_rng(seed)
+    rows = r.standard_normal((count, 8)) @ r.standard_normal((8, 192)) + 0.1 * r.random(
+        (count, 192)
+    )
+    match kind:
+        case "grey":
+            return rows[:, :64].repeat(3, 1)
+        case "copies":
+            return rows[np.arange(count) // 2]
+        case "black":
+            return rows * 0
+    return rows
+
+
+@pytest.mark.parametrize("counts", [(40, 30), (30, 40), (191, 50), (2, 2), (5, 300)])
+@pytest.mark.parametrize("kind", ["usual", "grey", "copies", "black"])
+def test_distance_of_few_rows_is_that_of_their_covariances(counts, kind):
+    """The (N, N) form equals the (D, D) form to rounding, with a factor on one side or on both."""
+    sets = few_rows(0, counts[0], "usual"), few_rows(1, counts[1], kind)
+    dense = [Moments(rows.mean(0), np.cov(rows, rowvar=False)) for rows in sets]
+    factored = [FactoredMoments.of_rows(rows) for rows in sets]
+    expected = moments_distance(*dense)
+    for pair in (factored, (dense[0], factored[1]), (factored[0], dense[1]), factored[::-1]):
+        assert moments_distance(*pair) == pytest.approx(expected, rel=1e-6)
+
+
+def test_few_rows_are_at_distance_zero_from_themselves():
+    rows = few_rows(0, 40, "usual")
+    factored = FactoredMoments.of_rows(rows)
+    np.testing.assert_allclose(factored.covariance, np.cov(rows, rowvar=False), atol=1e-12)
+    variance = np.trace(factored.covariance)
+    assert moments_distance(factored, factored) == pytest.approx(0, abs=1e-6 * variance)
+    shifted = FactoredMoments.of_rows(rows + 2)
+    assert moments_distance(factored, shifted) == pytest.approx(4 * 192, rel=1e-6)
+
+
+def test_factors_are_checked():
+    few = FactoredMoments.of_rows(np.eye(5)[:3])
+    for factor, message in [
+        (few.factor[:, :4], "shape"),
+        (few.factor * np.nan, "NaN"),
+        (few.factor * 1j, "complex128"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            moments_distance(few, few._replace(factor=factor))
+    with pytest.raises(UserError, match="5 and 6 dimensions"):
+        moments_distance(few, FactoredMoments.of_rows(np.eye(6)[:3]))
+    with pytest.raises(UserError, match="at least 2 images, 1 given"):
+        FactoredMoments.of_rows(np.eye(5)[:1])

@@ -67,15 +67,43 @@ def test_missing_file_is_named(tmp_path):
 
 
 def test_unfinished_folder_of_samples_is_refused(tmp_path):
-    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "recipe.json").write_text(json.dumps({"cfg_scale": 1.5}))
     with pytest.raises(UserError, match="run the same sampling command again"):
         open_source(tmp_path)
 
 
-def test_damaged_recipe_is_named(tmp_path):
-    (tmp_path / "recipe.json").write_text("{")
-    with pytest.raises(UserError, match="recipe.json is not JSON"):
-        open_source(tmp_path)
+FOREIGN_RECIPES = {
+    "of another program": b'{"ingredients": ["flour"]}',
+    "empty": b"",
+    "list": b"[1, 2]",
+    "damaged": b'{"cfg_scale": 1.',
+    "no text": b"\xff\xfe\0",
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN_RECIPES.values(), ids=FOREIGN_RECIPES)
+def test_foreign_recipe_is_no_obstacle(tmp_path, content):
+    write_pngs(tmp_path, IMAGES)
+    (tmp_path / "recipe.json").write_bytes(content)
+    source = open_source(tmp_path)
+    assert isinstance(source.images, FolderImages)
+    np.savez(tmp_path / "samples_20.npz", IMAGES)
+    for path in (tmp_path, tmp_path / "samples_20.npz"):
+        source = open_source(path)
+        assert isinstance(source.images, NpzImages)
+        assert source.recipe is None
+
+
+def test_recipe_that_is_a_folder_is_no_obstacle(tmp_path):
+    write_pngs(tmp_path / "recipe.json", IMAGES)
+    assert open_source(tmp_path).images.count == 20
+
+
+def test_damaged_recipe_is_named(tmp_path, caplog):
+    np.savez(tmp_path / "samples_20.npz", IMAGES)
+    (tmp_path / "recipe.json").write_text('{"cfg_scale": 1.')
+    open_source(tmp_path)
+    assert f"warning: {tmp_path / 'recipe.json'} is not readable" in caplog.text
 
 
 def test_folder_with_several_archives_is_refused(tmp_path):

@@ -1,9 +1,11 @@
 """Files of statistics."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from edt.metrics import Moments, Statistics, open_source
+from edt.metrics import FactoredMoments, Moments, Statistics, open_source
 from edt.metrics.statistics import read_statistics, write_statistics
 from edt.utils.errors import UserError
 
@@ -57,6 +59,59 @@ def test_moments_that_are_not_finite_are_refused(tmp_path, name, value, message)
     np.savez(tmp_path / "s.npz", **arrays)
     with pytest.raises(UserError, match=message):
         open_source(tmp_path / "s.npz")
+
+
+@pytest.mark.parametrize("name", ["mu", "sigma", "mu_s", "sigma_s"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: x * (1 + 1e-9j), "complex128, not real numbers"),
+        (lambda x: x.astype(str), "not real numbers"),
+        (lambda x: x + np.nan, "NaN"),
+        (lambda x: x[:2], "shape"),
+    ],
+    ids=["complex", "text", "NaN", "shape"],
+)
+def test_arrays_that_are_no_moments_are_refused_at_opening(tmp_path, name, change, message):
+    arrays = {"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    np.savez(tmp_path / "s.npz", **{**arrays, name: change(arrays[name])})
+    with pytest.raises(UserError, match=f"s.npz, .*{name}.*{message}"):
+        open_source(tmp_path / "s.npz")
+
+
+def test_damaged_covariances_are_refused_at_opening(tmp_path):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.triu(np.ones((4, 4))))
+    with pytest.raises(UserError, match="s.npz, mu and sigma: the covariance is not symmetric"):
+        open_source(tmp_path / "s.npz")
+    np.savez(tmp_path / "s.npz", mu=np.zeros(4))
+    with pytest.raises(UserError, match="s.npz holds mu but no sigma"):
+        open_source(tmp_path / "s.npz")
+
+
+def test_features_of_other_dimensions_are_refused_at_opening(tmp_path):
+    write_statistics(
+        tmp_path / "s.npz", replace(example_statistics(), features=np.zeros((20, 3), np.float32))
+    )
+    with pytest.raises(UserError, match=r"features have shape \(20, 3\), but there are 4 means"):
+        open_source(tmp_path / "s.npz", "pixels")
+
+
+def test_other_arrays_of_another_program_are_ignored(tmp_path):
+    arrays = {"features": np.array("pool"), "count": np.arange(3), "resolution": np.array(64)}
+    np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4), **arrays)
+    statistics = open_source(tmp_path / "s.npz").statistics
+    assert (statistics.features, statistics.count, statistics.resolution) == (None, None, None)
+
+
+def test_factored_moments_are_read_back(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((5, 9)).astype(np.float32)
+    factored = FactoredMoments.of_rows(rows)
+    write_statistics(tmp_path / "s.npz", Statistics("pixels", factored, None, rows, 5))
+    moments = read_statistics(tmp_path / "s.npz").moments
+    np.testing.assert_array_equal(moments.factor, factored.factor)
+    write_statistics(tmp_path / "s.npz", Statistics("pixels", factored))
+    moments = read_statistics(tmp_path / "s.npz").moments
+    np.testing.assert_array_equal(moments.covariance, factored.covariance)
 
 
 def test_moments_of_different_dimensions_are_refused(tmp_path):
