@@ -99,6 +99,9 @@ def frechet_distance(
         covariance1: (D, D), symmetric and positive semi-definite.
         mean2: (D,).
         covariance2: (D, D), symmetric and positive semi-definite.
+
+    Raises:
+        UserError: see :func:`moments_distance`.
     """
     return moments_distance(Moments(mean1, covariance1), Moments(mean2, covariance2))
 
@@ -110,7 +113,7 @@ def moments_distance(
 
     On Inception features it is the FID. It equals ``|m1 - m2|² + tr C1 + tr C2 - 2 tr (C1 C2)^½``.
     The last trace is the sum of the square roots of the eigenvalues of ``C1 C2``. Covariances may
-    be singular.
+    be singular. With factored moments no (D, D) matrix is decomposed.
 
     The function checks its arguments, the eigenvalues and the result, which makes it longer than
     the formula. A wrong FID looks like a right one: broken builds of linear-algebra libraries have
