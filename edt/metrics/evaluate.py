@@ -14,12 +14,7 @@ from edt.metrics.images import ImageSet
 from edt.metrics.inception_graph import FEATURES, SPATIAL_FEATURES
 from edt.metrics.inception_score import inception_score
 from edt.metrics.kid import kernel_distance
-from edt.metrics.precision_recall import (
-    NEIGHBOURS,
-    PrecisionRecallMode,
-    check_counts,
-    precision_recall,
-)
+from edt.metrics.precision_recall import NEIGHBOURS, PrecisionRecallMode, precision_recall
 from edt.metrics.sources import Source
 from edt.metrics.statistics import Statistics
 from edt.utils.choices import check_choice
@@ -166,9 +161,7 @@ def check_comparable(reference: Source, samples: Source) -> None:
     """
     _check_resolutions(reference, samples)
     _check_dimensions(reference, samples)
-    counts = _count_features(reference), _count_features(samples)
-    if counts[0] is not None and counts[1] is not None:
-        check_counts(counts[0], counts[1], NEIGHBOURS)
+    _check_counts(reference, samples)
 
 
 def _check_resolutions(reference: Source, samples: Source) -> None:
@@ -206,6 +199,20 @@ def _find_dimensions(source: Source, feature_name: str) -> tuple[int | None, int
     if feature_name == "inception":
         return FEATURES, SPATIAL_FEATURES
     return math.prod(source.resolution) * 3 if source.resolution else None, None
+
+
+def _check_counts(reference: Source, samples: Source) -> None:
+    """Check that both sides have enough images for precision and recall, if these are computed."""
+    sources = reference, samples
+    counts = [count for source in sources if (count := _count_features(source)) is not None]
+    if len(counts) < 2:
+        return
+    for source, count in zip(sources, counts, strict=True):
+        if count <= NEIGHBOURS:
+            raise UserError(
+                f"{source.name} holds {count} images, but precision and recall need at least "
+                f"{NEIGHBOURS + 1} on both sides; give more images"
+            )
 
 
 def _count_features(source: Source) -> int | None:

@@ -107,6 +107,8 @@ def _advise_range(low: float, high: float, dtype: np.dtype) -> str:
         margin = OVERSHOOT * min(white - black, high - low)
         inside = black - margin <= low and high <= white + margin
         if inside and low <= highest_minimum and high >= lowest_maximum:
+            if white == 255 and dtype.kind in "iu":
+                conversion = UINT8.format("x")  # there is nothing to round
             return f"if {black} is black and {white} is white, convert with {conversion}"
     return SCALE
 

@@ -49,7 +49,11 @@ def precision_recall(
         UserError: a set has k images or fewer, or the mode is unknown.
     """
     check_choice("mode of precision and recall", mode, PrecisionRecallMode)
-    check_counts(len(reference), len(samples), k)
+    if min(len(reference), len(samples)) <= k:
+        raise UserError(
+            f"precision and recall at k = {k} need at least {k + 1} images on both sides; "
+            "give more images"
+        )
     reference = torch.as_tensor(reference, dtype=torch.float32)
     samples = torch.as_tensor(samples, dtype=torch.float32)
     with full_float32():
@@ -61,19 +65,6 @@ def precision_recall(
             reference_covered[rows] |= (distances <= sample_radii[columns]).any(1)
             sample_covered[columns] |= (distances <= reference_radii[rows, None]).any(0)
     return float(sample_covered.double().mean()), float(reference_covered.double().mean())
-
-
-def check_counts(reference: int, samples: int, k: int) -> None:
-    """Check that both sets have enough images for k neighbours.
-
-    Raises:
-        UserError: one has k images or fewer.
-    """
-    if min(reference, samples) <= k:
-        raise UserError(
-            f"precision and recall at k = {k} need at least {k + 1} images on both sides, but the "
-            f"reference has {reference} and the samples are {samples}; give more images"
-        )
 
 
 def _squared_radii(

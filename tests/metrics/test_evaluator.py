@@ -98,7 +98,7 @@ def test_what_cannot_be_compared_is_refused_before_the_network_is_looked_for(
     np.savez(files / "complex.npz", mu=np.zeros(2048), sigma=np.eye(2048) * (1 + 0j))
     for pair in (("ref.npz", "two.npz"), ("two.npz", "gen.npz")):
         message = refusal(main, capsys, *(files / name for name in pair))
-        assert "precision and recall at k = 3 need at least 4 images" in message
+        assert "two.npz holds 2 images, but precision and recall need at least 4" in message
     message = refusal(main, capsys, files / "64.npz", files / "gen.npz")
     assert "64 dimensions" in message
     assert "2048" in message

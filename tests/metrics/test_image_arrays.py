@@ -110,3 +110,8 @@ def test_advice_for_cast_floats_follows_their_sign(cast, floats):
 @pytest.mark.parametrize("values", [[0], [0, 255], [0, 1, 2], [7]])
 def test_images_of_few_values_are_accepted(values):
     check_values("a.npz", np.array(values, np.uint8))
+
+
+def test_the_range_is_that_of_all_images():
+    bright_first = np.concatenate([IMAGES / 255, SIGNED])
+    assert "if -1 is black" in refusal(bright_first)
