@@ -10,7 +10,6 @@ import logging
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from edt.checkpoints.loading import read_weights
 from edt.cli.arguments import (
@@ -32,7 +31,7 @@ from edt.data.vae import load_vae
 from edt.diffusion import TIMESTEP_SAMPLERS
 from edt.masking import MASKINGS
 from edt.registry import MODELS, create_model
-from edt.training.accelerator import create_accelerator
+from edt.training.accelerator import create_accelerator, first_process_decides
 from edt.training.config import PASS_NOISES, LoopConfig, TrainConfig, default_init_lr
 from edt.training.init_from import InitReport, init_from
 from edt.training.loop import configure_logging, training_loop
@@ -40,6 +39,7 @@ from edt.training.metrics import Tracker, check_tracker, drop_rows_after, start_
 from edt.training.optim import OPTIMIZERS
 from edt.training.run_dir import (
     RunDirectory,
+    check_all_see,
     choose_run_dir,
     lock_run_dir,
     newest_run_dir,
@@ -250,17 +250,22 @@ def main(argv: list[str] | None = None) -> int:
     accelerator, model_config = trainer.accelerator, trainer.model.config
 
     # The first process decides: the others may see the results folder a moment later.
-    folder, resume = broadcast_object_list([*resolve_run_dir(args)])
+    folder, resume = first_process_decides(lambda: resolve_run_dir(args))
     run_dir = RunDirectory(
         folder, args.model, model_config, info.to_dict(), args.keep_last, args.keep_every
     )
     is_main = accelerator.is_main_process
-    with lock_run_dir(folder) if is_main else contextlib.nullcontext():
-        accelerator.wait_for_everyone()
+    with contextlib.ExitStack() as stack:
+        first_process_decides(lambda: stack.enter_context(lock_run_dir(folder)))
         configure_logging(folder / "log.txt", is_main)
-        checkpoint = resolve_resume(folder, resume, args.resume_step)
+        if is_main:
+            run_dir.sweep()
+        checkpoint = first_process_decides(lambda: resolve_resume(folder, resume, args.resume_step))
+        check_all_see(checkpoint, folder)
         if checkpoint is not None:
             trainer.load_state(run_dir.load(checkpoint, config, args.allow_config_change))
+            if is_main:
+                run_dir.continue_from(checkpoint)
             epoch = trainer.step / epoch_steps
             logging.info("resumed %s at step %d, epoch %.2f", checkpoint, trainer.step, epoch)
         else:
