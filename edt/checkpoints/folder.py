@@ -12,9 +12,9 @@ It is written under a temporary name and renamed when it is complete. Nothing in
 
 import dataclasses
 import logging
-import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,8 +79,6 @@ def save_checkpoint(folder: Path, state: TrainingState, config: dict[str, Any]) 
         UserError: the disk is full or cannot be written to.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     values = {
         "step": state.step,
         "skipped_steps": state.skipped_steps,
@@ -90,6 +88,8 @@ def save_checkpoint(folder: Path, state: TrainingState, config: dict[str, Any]) 
         "epoch": None if state.epoch is None else str(state.epoch),  # "7/3"
     }
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         for name, tensors in state.tensors.items():
             file = temporary / f"{name}.safetensors"
             save_file({key: value.detach().contiguous() for key, value in tensors.items()}, file)
@@ -99,8 +99,7 @@ def save_checkpoint(folder: Path, state: TrainingState, config: dict[str, Any]) 
         manifest = {file.name: fingerprint(file) for file in sorted(temporary.iterdir())}
         write_json(temporary / MANIFEST, manifest)
         sync(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        _replace_folder(folder, temporary)
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -109,6 +108,21 @@ def save_checkpoint(folder: Path, state: TrainingState, config: dict[str, Any]) 
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(folder: Path, new: Path) -> None:
+    """Rename ``new`` to ``folder``. A folder of that name stays until the new one is in place."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_checkpoint(folder: Path) -> TrainingState:
@@ -201,18 +215,47 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def prune_checkpoints(folder: Path, keep_last: int, keep_every: int) -> None:
+def prune_checkpoints(
+    folder: Path, keep_last: int, keep_every: int, keep_steps: Collection[int | None] = ()
+) -> None:
     """Remove all checkpoints but the newest ``keep_last`` and the multiples of ``keep_every``.
 
     Args:
         folder: holds the checkpoints.
         keep_last: how many of the newest stay.
         keep_every: a checkpoint stays if this divides its step.
+        keep_steps: the checkpoints of these steps stay in any case.
     """
     for checkpoint in list_checkpoints(folder)[:-keep_last]:
-        if int(checkpoint.name) % keep_every:
+        step = int(checkpoint.name)
+        if step % keep_every and step not in keep_steps:
             # Renamed first, so that a kill in between leaves no half checkpoint under its name.
             shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")))
+
+
+def sweep_checkpoints(folder: Path) -> None:
+    """Remove the half-written and half-removed checkpoints that killed processes left.
+
+    Only one process may do this, and only while no other one writes there.
+    """
+    for path in folder.glob(".*"):
+        match = re.fullmatch(r"\.(\d+)\.(tmp|old)", path.name)
+        if not match:
+            continue
+        checkpoint = folder / match[1]
+        if match[2] == "old" and not checkpoint.exists() and _is_undamaged(path):
+            path.rename(checkpoint)  # it was about to be replaced or removed
+        else:
+            logger.info("removing %s, which a killed process left", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_undamaged(checkpoint: Path) -> bool:
+    try:
+        verify_checkpoint(checkpoint)
+    except UserError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------

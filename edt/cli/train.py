@@ -12,7 +12,6 @@ import math
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from edt.checkpoints.folder import list_checkpoints
 from edt.checkpoints.loading import read_weights
@@ -34,7 +33,7 @@ from edt.data.features import Features, open_features
 from edt.diffusion import TIMESTEP_SAMPLERS
 from edt.masking import MASKINGS
 from edt.registry import MODELS, create_model
-from edt.training.accelerator import create_accelerator
+from edt.training.accelerator import create_accelerator, first_process_decides
 from edt.training.config import PASS_NOISES, LoopConfig, TrainConfig, default_init_lr
 from edt.training.init_from import InitReport, init_from
 from edt.training.loop import configure_logging, training_loop
@@ -42,6 +41,7 @@ from edt.training.metrics import Tracker, check_tracker, drop_rows_after, start_
 from edt.training.optim import OPTIMIZERS
 from edt.training.run_dir import (
     RunDirectory,
+    check_all_see,
     choose_run_dir,
     lock_run_dir,
     newest_run_dir,
@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
         info = dataclasses.replace(info, vae=args.vae)
 
     # The first process decides: the others may see the results folder a moment later.
-    folder, resume = broadcast_object_list([*resolve_run_dir(args)])
+    folder, resume = first_process_decides(lambda: resolve_run_dir(args))
     run_dir = RunDirectory(
         folder, args.model, model_config, info.to_dict(), args.keep_last, args.keep_every
     )
@@ -304,14 +304,19 @@ def main(argv: list[str] | None = None) -> int:
     # A run that is continued needs no weights to start from: their file may be gone.
     is_new = resume is None and not list_checkpoints(run_dir.checkpoints)
     report = start_from(args.init_from, trainer) if args.init_from and is_new else None
-    with lock_run_dir(folder) if is_main else contextlib.nullcontext():
-        accelerator.wait_for_everyone()
+    with contextlib.ExitStack() as stack:
+        first_process_decides(lambda: stack.enter_context(lock_run_dir(folder)))
         configure_logging(folder / "log.txt", is_main)
         for sentence in ignored_launcher_settings(vars(args)):
             logging.warning(sentence)
-        checkpoint = resolve_resume(folder, resume, args.resume_step)
+        if is_main:
+            run_dir.sweep()
+        checkpoint = first_process_decides(lambda: resolve_resume(folder, resume, args.resume_step))
+        check_all_see(checkpoint, folder)
         if checkpoint is not None:
             trainer.load_state(run_dir.load(checkpoint, config, args.allow_config_change))
+            if is_main:
+                run_dir.continue_from(checkpoint)
         args.max_steps = last_step(args, trainer, epoch_steps)
         if checkpoint is not None:
             log_resumed(checkpoint, trainer, args.max_steps)

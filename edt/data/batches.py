@@ -11,6 +11,7 @@ at any step, on any number of processes, with the batches of an uninterrupted ru
 import functools
 import itertools
 import signal
+import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -22,6 +23,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from edt.data.features import Batch, Features
 from edt.utils.errors import UserError
 from edt.utils.randomness import generator
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that ask a run to save and end."""
 
 
 def steps_per_epoch(count: int, global_batch_size: int) -> int:
@@ -127,7 +131,7 @@ def read_loader(loader: DataLoader) -> Generator[Any, None, None]:
         UserError: the dataset raised it, in this process or in a worker. The message is that of the
             dataset, without a traceback.
     """
-    iterator = iter(loader)
+    iterator = _iterate(loader)
     try:
         yield from iterator
     except UserError as error:
@@ -137,6 +141,19 @@ def read_loader(loader: DataLoader) -> Generator[Any, None, None]:
         # these ignore the signals that would end them.
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
             iterator._shutdown_workers()
+
+
+def _iterate(loader: DataLoader) -> Iterator[Any]:
+    """The loader's iterator, which raises a worker's death when the next batch is asked for.
+
+    torch's handler of SIGCHLD would raise it wherever this process is, also in the middle of a
+    step, whose result then could not be saved.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    return iterator
 
 
 def _original_message(error: UserError) -> str:
@@ -151,9 +168,9 @@ def _original_message(error: UserError) -> str:
 
 
 def _ignore_signals(worker_id: int) -> None:
-    """Make a worker survive Ctrl-C and SIGTERM, which reach every process of the group.
+    """Make a worker survive signals that reach every process of the group, such as Ctrl-C.
 
     The training process decides when to stop. Until then it needs batches, to finish its step.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

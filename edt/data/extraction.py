@@ -9,7 +9,6 @@ layouts and draw modes.
 
 import contextlib
 import dataclasses
-import fcntl
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from edt.utils.choices import check_fields
 from edt.utils.errors import UserError
 from edt.utils.files import (
     atomic_write,
+    file_lock,
     file_sha256,
     read_json,
     write_json,
@@ -316,8 +316,7 @@ class Extraction:
         """Write labels and manifest, if this process is the last to finish."""
         # Two processes may finish together. Under the lock one of them writes, and the other finds
         # the manifest. The lock ends with its process, so a killed one blocks nobody.
-        with open(self.path / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with file_lock(self.path / ".lock"):
             all_written = all(self._is_written(shard) for shard in range(len(self.shards)))
             if not all_written or (self.path / MANIFEST_FILE).exists():
                 return

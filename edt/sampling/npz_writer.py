@@ -10,8 +10,6 @@ wait. It is long because it writes the zip headers itself: Python's zipfile cann
 data that other processes write.
 """
 
-import contextlib
-import fcntl
 import io
 import os
 import struct
@@ -22,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from edt.utils.errors import UserError
-from edt.utils.files import sync
+from edt.utils.files import file_lock, sync
 
 _MEMBER = b"arr_0.npy"
 _CHUNK_BYTES = 1 << 24
@@ -126,19 +124,13 @@ class SampleArchive:
         """Whether the .npz exists."""
         return self.path.exists()
 
-    @contextlib.contextmanager
-    def _exclusive_lock(self) -> Iterator[None]:
-        with open(self._lock_file, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
     def open(self) -> None:
         """Allocate the file on the disk, unless an earlier run or another process has.
 
         Raises:
             UserError: the disk has too little space; the message says how much is needed.
         """
-        with self._exclusive_lock():
+        with file_lock(self._lock_file):
             if not self.finished and not self._done_file.exists():
                 self._allocate()
             # Both files stay open: another process may finish the .npz, which renames one and
@@ -202,7 +194,7 @@ class SampleArchive:
         Returns:
             whether the .npz exists.
         """
-        with self._exclusive_lock():
+        with file_lock(self._lock_file):
             if self.finished:
                 return True
             if self.missing().size:

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from edt.checkpoints.folder import newest_checkpoint
-from edt.data.batches import BatchIndices, read_batches
-from edt.data.features import Features
+from edt.data.batches import STOP_SIGNALS, BatchIndices, read_batches
+from edt.data.features import Batch, Features
 from edt.data.vae import VAE
 from edt.sampling.config import SamplingConfig
 from edt.sampling.generate import generate
@@ -26,7 +26,7 @@ from edt.sampling.image_grid import make_grid
 from edt.training.config import LoopConfig
 from edt.training.metrics import CONSOLE_LINE, Meter, append_row, tracker_values
 from edt.training.run_dir import RunDirectory
-from edt.training.trainer import Trainer
+from edt.training.trainer import StepReport, Trainer
 from edt.utils.errors import UserError
 from edt.utils.files import atomic_write
 
@@ -43,7 +43,7 @@ def training_loop(
 ) -> int:
     """Train until ``max_steps`` steps were taken in all, or a signal asks to stop.
 
-    A checkpoint is saved at the end.
+    A checkpoint is saved at the end, also before an error ends the training between two steps.
 
     Args:
         trainer: at the step where training starts or continues.
@@ -60,45 +60,105 @@ def training_loop(
             be written.
     """
     accelerator, device = trainer.accelerator, trainer.device
-    is_main = accelerator.is_main_process
+    is_main, first_step = accelerator.is_main_process, trainer.step
     seed, batch_size = trainer.config.seed, trainer.config.global_batch_size
-    indices = BatchIndices(len(features), seed, batch_size, trainer.rows, trainer.step)
+    indices = BatchIndices(len(features), seed, batch_size, trainer.rows, first_step)
     loader = read_batches(features, indices, config.num_workers, pin_memory=device.type == "cuda")
     meter, group = Meter(trainer), _signal_group(accelerator)
+    errors: list[Exception] = []
     with (
         StopSignal() as stop,
-        _progress_bar(trainer.step, config.max_steps, is_main) as bar,
+        _progress_bar(first_step, config.max_steps, is_main) as bar,
         contextlib.closing(loader),
     ):
-        stopping = trainer.step >= config.max_steps
-        while not stopping:
-            report = trainer.train_step(next(loader))
+        while trainer.step < config.max_steps:
+            report = _next_step(trainer, loader, stop, errors, group)
+            if report is None:
+                break
             trainer.epoch += Fraction(1, indices.steps_per_epoch)
-            meter.add(report)
-            bar.update()
+            with _collect(errors):
+                bar.update()
+                meter.add(report)
             logging_now = trainer.step % config.log_every == 0
             # Both calls wait for a GPU. Skipped steps have changed nothing there in the meantime.
             if logging_now or device.type == "cpu":
                 _log_skipped_steps(meter, indices, features)
                 _check_skipped_steps(trainer, run_dir, config.max_skipped_steps)
-            if logging_now:
-                _log(accelerator, run_dir, meter.read())
-            if is_main and config.sample_every and trainer.step % config.sample_every == 0:
-                with _log_write_errors("samples"):
-                    write_sample_grid(trainer, vae, run_dir.folder / "samples")
-            stopping = _any(stop.number is not None, group) or trainer.step == config.max_steps
-            if is_main and stopping:
-                logger.info("saved %s", run_dir.save(trainer.state()))
-            elif is_main and trainer.step % config.ckpt_every == 0:
-                with _log_write_errors("checkpoint"):
-                    logger.info("saved %s", run_dir.save(trainer.state()))
+            with _collect(errors):
+                if logging_now:
+                    _log(accelerator, run_dir, meter.read())
+                if is_main:
+                    _write_due(trainer, run_dir, config, vae)
         _log_skipped_steps(meter, indices, features)
-        accelerator.wait_for_everyone()
+        with _collect(errors):
+            if is_main and trainer.step not in (first_step, run_dir.saved_step):
+                logger.info("saved %s", run_dir.save(trainer.state()))
+        _raise_first(errors, group)
     return EXIT_CODE_SIGINT if stop.number == signal.SIGINT else 0
 
 
+def _next_step(
+    trainer: Trainer,
+    loader: Iterator[Batch],
+    stop: "StopSignal",
+    errors: list[Exception],
+    group: dist.ProcessGroup | None,
+) -> StepReport | None:
+    """Read a batch and take a step with it.
+
+    Returns:
+        None if no step was taken, because of a signal or an error on any process. The trainer's
+        state is then that of the last step.
+    """
+    with _collect(errors):
+        batch = next(loader)
+    # All processes take the step, or none does: it needs every one of them.
+    if _any(bool(errors) or stop.number is not None, group):
+        return None
+    try:
+        return trainer.train_step(batch)
+    except Exception as error:
+        # The other processes wait in this step, and cannot be told that it failed.
+        if group is not None or trainer.is_updating:
+            raise
+        errors.append(error)
+        return None
+
+
+def _write_due(
+    trainer: Trainer, run_dir: RunDirectory, config: LoopConfig, vae: VAE | None
+) -> None:
+    """Write the samples and the checkpoint that are due after this step."""
+    if config.sample_every and trainer.step % config.sample_every == 0:
+        with _log_write_errors("samples"):
+            write_sample_grid(trainer, vae, run_dir.folder / "samples")
+    if trainer.step % config.ckpt_every == 0 and trainer.step < config.max_steps:
+        with _log_write_errors("checkpoint"):
+            logger.info("saved %s", run_dir.save(trainer.state()))
+
+
+@contextlib.contextmanager
+def _collect(errors: list[Exception]) -> Iterator[None]:
+    """Keep an error for later, when the checkpoint is saved."""
+    try:
+        yield
+    except Exception as error:
+        errors.append(error)
+
+
+def _raise_first(errors: list[Exception], group: dist.ProcessGroup | None) -> None:
+    """Raise the first error; a UserError if only other processes have one. Waits for them all."""
+    failed = _any(bool(errors), group)
+    for error in errors[1:]:
+        logger.error("after that error: %s", error)
+    if errors:
+        raise errors[0]
+    if failed:
+        raise UserError("another process of this run failed; its message says why")
+
+
 class StopSignal:
-    """Records SIGTERM or SIGINT instead of ending the process; a SIGINT after that ends it.
+    """Records a signal of STOP_SIGNALS instead of ending the process; a SIGINT after it ends it.
 
     Attributes:
         number: the signal that came, or None.
@@ -107,10 +167,10 @@ class StopSignal:
     number: int | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {
-            number: signal.signal(number, self._record)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        numbers = set(STOP_SIGNALS)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)  # started with nohup, to outlive the terminal
+        self._previous = {number: signal.signal(number, self._record) for number in numbers}
         return self
 
     def _record(self, number: int, frame: FrameType | None) -> None:

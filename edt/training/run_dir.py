@@ -1,35 +1,42 @@
 """The folder of a training run::
 
     log.txt   metrics.jsonl   samples/   checkpoints/0050000/   checkpoints/0100000/ ...
+    set-aside-1/     checkpoints, samples and metrics from before the run went back
 
 A run that starts in a folder with a checkpoint of the same configuration continues it.
 """
 
 import contextlib
 import dataclasses
-import fcntl
+import itertools
 import json
 import logging
 import re
+import shutil
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
 from edt.checkpoints.folder import (
+    MANIFEST,
     TrainingState,
     list_checkpoints,
     newest_checkpoint,
     prune_checkpoints,
     read_checkpoint,
     save_checkpoint,
+    sweep_checkpoints,
     verify_checkpoint,
 )
 from edt.models import EDTConfig
 from edt.registry import read_config
 from edt.training.config import TrainConfig
 from edt.utils.errors import UserError
-from edt.utils.files import differences, make_folder, read_json
+from edt.utils.files import differences, file_lock, file_sha256, make_folder, read_json
 
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
@@ -149,19 +156,48 @@ def lock_run_dir(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another run holds the lock.
     """
-    make_folder(folder)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is writing to {folder}; stop it or give another --run-dir"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"cannot lock {folder} ({error.strerror}); give another --run-dir"
-            ) from None
+    refusal = f"another run is writing to {folder}; stop it or give another --run-dir"
+    with file_lock(make_folder(folder) / ".lock", refusal):
         yield
+
+
+def check_all_see(checkpoint: Path | None, run_dir: Path) -> None:
+    """Check that every process sees the checkpoint that the first process chose.
+
+    A node without a shared disk would continue at another step, and with other weights.
+
+    Args:
+        checkpoint: what the first process chose; None: it starts a new run.
+        run_dir: the run's folder.
+
+    Raises:
+        UserError: a process sees another checkpoint or none; raised on every process.
+    """
+    seen = gather_object([_what_is_seen(checkpoint, run_dir)])
+    for process, other in enumerate(seen):
+        if other != seen[0]:
+            raise UserError(
+                f"the run folder {run_dir} must be shared by all nodes: process 0 sees {seen[0]}, "
+                f"process {process} sees {other}. Put it on a shared disk, or copy it to every node"
+            )
+    if not all(gather_object([run_dir.is_dir()])):
+        logger.warning("not every node sees %s; share it, or the run cannot be continued", run_dir)
+
+
+def _what_is_seen(checkpoint: Path | None, run_dir: Path) -> str:
+    """What this process sees of a checkpoint; equal only for equal content."""
+    if checkpoint is None:
+        names = [path.name for path in list_checkpoints(run_dir / "checkpoints")]
+        return f"the checkpoints {', '.join(names)}" if names else "no checkpoint"
+    manifest = checkpoint / MANIFEST
+    if not manifest.exists():
+        return f"no {checkpoint}"
+    try:
+        if not PartialState().is_main_process:  # the first process has verified its checkpoint
+            verify_checkpoint(checkpoint)
+    except UserError as error:
+        return str(error)
+    return f"{checkpoint} (SHA-256 {file_sha256(manifest)[:12]})"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -194,9 +230,44 @@ class RunDirectory:
         self.checkpoints, self.metrics = folder / "checkpoints", folder / "metrics.jsonl"
         self.name, self.model, self.features = name, model, features
         self.keep_last, self.keep_every = keep_last, keep_every
+        self.resumed_step: int | None = None
+        self.saved_step: int | None = None
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written. Call it under the run's lock."""
+        sweep_checkpoints(self.checkpoints)
+        for pattern in (f".{self.metrics.name}.*.tmp", "samples/.*.png.*.tmp"):
+            for file in self.folder.glob(pattern):
+                file.unlink(missing_ok=True)
+
+    def continue_from(self, checkpoint: Path) -> None:
+        """Make a checkpoint the newest: set aside what the run wrote after its step.
+
+        There is something if the user goes back, or if the newest checkpoints are damaged. Left in
+        place, they would count as newer than everything that this run saves.
+        """
+        self.resumed_step = step = int(read_json(checkpoint / "state.json")["step"])
+        later = [path for path in list_checkpoints(self.checkpoints) if int(path.name) > step]
+        if not later:
+            return
+        numbers = itertools.count(1)
+        paths = (self.folder / f"set-aside-{number}" for number in numbers)
+        target = next(path for path in paths if not path.exists())
+        pictures = self.folder.glob("samples/*.png")
+        later += [path for path in pictures if path.stem.isdigit() and int(path.stem) > step]
+        for path in later:
+            path.rename(make_folder(target / path.parent.name) / path.name)
+        if self.metrics.exists():
+            shutil.copy(self.metrics, target)
+        logger.warning(
+            "going back to step %d: everything after it is now in %s. --run-dir %s continues that",
+            *(step, target, target),
+        )
 
     def save(self, state: TrainingState) -> Path:
         """Write a checkpoint and prune the old ones.
+
+        This one and the one that the run was continued from stay.
 
         Raises:
             UserError: the disk is full.
@@ -209,7 +280,9 @@ class RunDirectory:
         }
         checkpoint = self.checkpoints / f"{state.step:07d}"
         save_checkpoint(checkpoint, state, config)
-        prune_checkpoints(self.checkpoints, self.keep_last, self.keep_every)
+        self.saved_step = state.step
+        keep_steps = (self.saved_step, self.resumed_step)
+        prune_checkpoints(self.checkpoints, self.keep_last, self.keep_every, keep_steps)
         return checkpoint
 
     def load(

@@ -68,6 +68,7 @@ class Trainer:
         step: training steps taken, the skipped ones included.
         images_seen: images of these steps.
         epoch: passes over the features. The training loop counts them: it knows the features.
+        is_updating: the update is not complete, and the state is that of no step.
         skipped_steps: steps that were skipped, () int64 on the device.
         skipped_in_a_row: how many of the last steps were skipped, () int64 on the device.
 
@@ -113,8 +114,8 @@ class Trainer:
         self.network = accelerator.prepare_model(self.model)  # the model, or its DDP wrapper
         self.diffusion = create_diffusion(min_snr_gamma=config.min_snr_gamma)
         self.timestep_sampler = create_timestep_sampler(config.schedule_sampler).to(self.device)
-        self.step = self.images_seen = 0
-        self.epoch = Fraction(0)
+        self.step, self.images_seen, self.epoch = 0, 0, Fraction(0)
+        self.is_updating = False
         zeros = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.skipped_steps, self.skipped_in_a_row = zeros.unbind()
 
@@ -159,6 +160,7 @@ class Trainer:
         found_inf = ~(losses.isfinite().all() & grad_norm.isfinite())
 
         # Update. found_inf stays a tensor: the host does not wait to learn its value.
+        self.is_updating = True
         self.optimizer.step(
             found_inf=found_inf, ema_params=self.ema_params, ema_decay=config.ema_decay
         )
@@ -167,6 +169,7 @@ class Trainer:
         self.images_seen += config.global_batch_size
         self.skipped_steps = self.skipped_steps + found_inf
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * found_inf
+        self.is_updating = False
         return StepReport(inputs.t, inputs.weight, losses, grad_norm, found_inf)
 
     def draw_inputs(self) -> StepInputs:

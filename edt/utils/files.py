@@ -1,14 +1,19 @@
-"""Files that appear under their final name only when they are complete."""
+"""Files that appear under their final name only when they are complete, and locks."""
 
 import contextlib
 import errno
+import fcntl
+import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from edt.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -60,6 +65,49 @@ def shorten_name(name: str, most_bytes: int) -> str:
         return name
     ending = "~" + hashlib.sha256(encoded).hexdigest()[:8]
     return encoded[: most_bytes - len(ending)].decode(errors="ignore") + ending
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, refusal: str | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on a file. The lock ends with this process, however that ends.
+
+    Some network file systems have no locks. There a warning says so, and the work goes on.
+
+    Args:
+        path: the file; created.
+        refusal: the message if another process holds the lock; None waits for that process.
+
+    Raises:
+        UserError: another process holds the lock, or the file cannot be made.
+    """
+    try:
+        lock = open(path, "w")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {path} ({error.strerror}); choose another place"
+        ) from None
+    with lock:
+        # A child process shares the lock. Without this, the readers of a killed run would hold it
+        # until they notice, and the run could not be started again at once.
+        os.register_at_fork(after_in_child=lock.close)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except OSError as error:
+            # Any other error than "would block" means that there are no locks here.
+            if refusal and isinstance(error, BlockingIOError):
+                raise UserError(refusal) from None
+            _warn_of_no_lock(path.parent, error.strerror)
+        yield
+
+
+@functools.cache
+def _warn_of_no_lock(folder: Path, reason: str) -> None:
+    """Log it once: samples take a lock several times."""
+    logger.warning(
+        "cannot lock %s (%s). The work goes on without a lock: start no second run there",
+        folder,
+        reason,
+    )
 
 
 def sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoint folders: written completely or not at all, verified, pruned."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from edt.checkpoints.folder import (
     prune_checkpoints,
     read_checkpoint,
     save_checkpoint,
+    sweep_checkpoints,
     verify_checkpoint,
 )
 from edt.utils.errors import UserError
@@ -83,3 +85,50 @@ def test_pruning_keeps_the_last_and_every_nth(tmp_path):
     prune_checkpoints(tmp_path, keep_last=2, keep_every=40)
     assert [int(path.name) for path in list_checkpoints(tmp_path)] == [40, 80, 90, 100]
     assert sorted(os.listdir(tmp_path)) == ["0000040", "0000080", "0000090", "0000100"]
+    prune_checkpoints(tmp_path, keep_last=1, keep_every=1000, keep_steps=(80, None))
+    assert [int(path.name) for path in list_checkpoints(tmp_path)] == [80, 100]
+
+
+def test_a_checkpoint_stays_until_the_new_one_is_in_its_place(tmp_path, monkeypatch):
+    save(tmp_path / "0000005", 1.0)
+
+    def disk_fails(rename):
+        def renamed(source, target):
+            if Path(source).name == ".0000005.tmp":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return rename(source, target)
+
+        return renamed
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, disk_fails(getattr(os, name)))
+    with pytest.raises(UserError, match="cannot write the checkpoint"):
+        save(tmp_path / "0000005", 2.0)
+    assert os.listdir(tmp_path) == ["0000005"]
+    assert read_checkpoint(tmp_path / "0000005").tensors["model"]["x"][0] == 1
+    monkeypatch.undo()
+    save(tmp_path / "0000005", 2.0)
+    assert os.listdir(tmp_path) == ["0000005"]
+    assert read_checkpoint(tmp_path / "0000005").tensors["model"]["x"][0] == 2
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(UserError, match="cannot write the checkpoint .*0000005"):
+        save(tmp_path / "checkpoints" / "0000005")
+
+
+def test_what_killed_processes_left_is_swept(tmp_path):
+    for step in (5, 10, 20, 30):
+        save(tmp_path / f"{step:07d}", step)
+    (tmp_path / "0000005").rename(tmp_path / ".0000005.old")  # killed before the new one came
+    (tmp_path / "0000010").rename(tmp_path / ".0000010.old")  # killed while it was removed
+    (tmp_path / ".0000010.old" / "state.json").unlink()
+    (tmp_path / "0000020").rename(tmp_path / ".0000020.old")  # killed after the new one came
+    save(tmp_path / "0000020", 21.0)
+    (tmp_path / "0000030").rename(tmp_path / ".0000030.tmp")  # killed while it was written
+    (tmp_path / ".notes").mkdir()
+    sweep_checkpoints(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".notes", "0000005", "0000020"]
+    verify_checkpoint(tmp_path / "0000005")
+    assert read_checkpoint(tmp_path / "0000020").tensors["model"]["x"][0] == 21

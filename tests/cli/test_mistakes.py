@@ -107,7 +107,9 @@ def test_damaged_features_are_named(damage, message, image_folder, tmp_path, cap
     argv = [*TRAIN, "--feature-path", folder, "--run-dir", tmp_path / "run"]
     argv += ["--epochs", 1, "--num-workers", 1]
     assert message in fails(train_mask_adan.main, argv, capsys)
-    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+    # The features are refused when they are opened; or step 10 meets image 7, and nine are saved.
+    saved = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert saved in ([], ["0000009"])
     # A worker that still runs would hold up the end of the process.
     assert multiprocessing.active_children() == []
 

@@ -1,6 +1,8 @@
 """Extraction in one process and in several; the launchers are in the tests of the scripts."""
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +28,7 @@ from edt.data.features import sample_posterior
 from edt.data.images import CroppedImages
 from edt.data.vae import PixelVAE, load_vae
 from edt.utils.errors import UserError
+from edt.utils.files import read_json
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
@@ -472,3 +475,17 @@ def test_a_damaged_image_may_be_replaced_before_its_shard_is_written(
     extract(*command)
     other_image(folder / "ant" / "0.png")
     assert "ant/0.png has changed" in fails(extract_features.main, arguments(*command), capsys)
+
+
+def test_a_file_system_without_locks_finishes_with_a_warning(
+    image_folder, tmp_path, monkeypatch, caplog
+):
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    extract(image_folder, tmp_path / "locked")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    extract(image_folder, tmp_path / "features")
+    assert f"cannot lock {tmp_path / 'features'} (No locks available)" in caplog.text
+    manifests = [read_json(tmp_path / name / "manifest.json") for name in ("locked", "features")]
+    assert manifests[0] == manifests[1]

@@ -1,3 +1,6 @@
+import errno
+import fcntl
+import os
 import zipfile
 
 import numpy as np
@@ -59,3 +62,17 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_drawn(tmp_path):
     with pytest.raises(UserError, match="images need .* GiB"):
         SampleArchive(tmp_path, (10**9, 256, 256, 3)).open()
     assert [path.name for path in tmp_path.iterdir()] == ["samples_1000000000x256x256x3.lock"]
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    archive = SampleArchive(tmp_path, (2, 4, 4, 3))
+    archive.open()
+    images = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
+    archive.write(np.arange(2), images)
+    assert archive.finish()
+    assert np.array_equal(np.load(archive.path)["arr_0"], images)
+    assert caplog.text.count("cannot lock") == 1

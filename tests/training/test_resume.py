@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -210,19 +211,164 @@ def test_kill_9_at_20_random_moments(features, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+    ("number", "code"),
+    [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGUSR1, 0)],
+    ids=["SIGTERM", "SIGINT", "SIGUSR1"],
 )
 def test_a_signal_finishes_the_step_saves_and_ends(number, code, features, tmp_path):
+    """The signal reaches every process of the run, the reader too, as from SLURM or a terminal."""
     run = tmp_path / "run"
     arguments = command(features, run, 10**6, "--num-workers", 1)
-    process = start(arguments, stderr=subprocess.PIPE, text=True)
+    process = start(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for_a_step(process, run)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     steps = len(metrics(run))
     assert steps > 0
     assert int(newest_checkpoint(run / "checkpoints").name) == steps
+
+
+def steps(run: Path) -> list[int]:
+    return [int(path.name) for path in list_checkpoints(run / "checkpoints")]
+
+
+def test_going_back_sets_the_later_checkpoints_aside(features, tmp_path):
+    run, aside = tmp_path / "run", tmp_path / "run" / "set-aside-1"
+    often = ("--ckpt-every", 1, "--keep-last", 2)
+    train(features, run, 4, *often)
+    (run / "samples").mkdir()
+    for name in ("0000003.png", "0000004.png"):
+        (run / "samples" / name).write_text(name)
+    last = newest(run).joinpath("manifest.json").read_bytes()
+    train(features, run, 5, *often, "--resume-step", 3, "--init-lr", 0.01, "--allow-config-change")
+    assert steps(run) == [3, 4, 5]
+    assert newest(run).parent.joinpath("0000004", "manifest.json").read_bytes() != last
+    assert [path.name for path in (run / "samples").iterdir()] == ["0000003.png"]
+    assert [path.name for path in (aside / "samples").iterdir()] == ["0000004.png"]
+    assert steps(aside) == [4]
+    assert newest(aside).joinpath("manifest.json").read_bytes() == last
+    assert [row["step"] for row in metrics(aside)] == [1, 2, 3, 4]
+    assert f"everything after it is now in {aside}" in (run / "log.txt").read_text()
+    # The next start continues the new branch, and the old one can be continued where it is.
+    train(features, run, 6, "--init-lr", 0.01)
+    assert "0000005 at step 5" in (run / "log.txt").read_text()
+    train(features, aside, 5)
+    train(features, tmp_path / "whole", 5)
+    assert_same(aside, tmp_path / "whole")
+
+
+def test_what_was_saved_or_resumed_from_outlives_a_later_damaged_checkpoint(features, tmp_path):
+    run = tmp_path / "run"
+    train(features, run, 1)
+    shutil.copytree(newest(run), run / "checkpoints" / "0000009")
+    (newest(run) / "state.json").unlink()
+    train(features, run, 2, "--keep-last", 1)
+    assert steps(run) == [1, 2]
+    assert steps(run / "set-aside-1") == [9]
+    train(features, run, 3, "--keep-last", 1)
+    assert steps(run) == [2, 3]
+
+
+def test_what_a_killed_run_left_is_swept(features, run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    half = run / "checkpoints" / ".0000009.tmp"
+    half.mkdir()
+    (half / "model.safetensors").write_text("half")
+    (run / "samples").mkdir()
+    for file in (run / ".metrics.jsonl.7.tmp", run / "samples" / ".0000001.png.7.tmp"):
+        file.write_text("half")
+    train(features, run, 2, "--global-batch-size", 4)
+    assert os.listdir(run / "checkpoints") == ["0000002"]
+    assert os.listdir(run / "samples") == []
+    assert not list(run.glob(".*.tmp"))
+
+
+NODE = """
+import os, sys
+os.chdir(os.path.join(os.path.dirname(__file__), f"node{os.environ['RANK']}"))
+import train_mask_adan
+train_mask_adan.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (0, "process 0 sees run/checkpoints/0000002 .*, process 1 sees no run/checkpoints/"),
+        (1, "process 0 sees no checkpoint, process 1 sees the checkpoints 0000002"),
+    ],
+)
+def test_nodes_without_a_shared_folder_are_refused(node, message, features, run_folder, tmp_path):
+    """A process in a folder of its own stands for a node with a disk of its own."""
+    for name in ("node0", "node1"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(run_folder, tmp_path / f"node{node}" / "run")
+    script = tmp_path / "node.py"
+    script.write_text(NODE)
+    arguments = command(features, Path("run"), 4, "--global-batch-size", 4)[2:]
+    done = run_script(*TORCHRUN, script, *arguments)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors, done.stderr
+    for error in errors:
+        assert re.match(f"error: the run folder run must be shared by all nodes: {message}", error)
+    assert re.search(r"exitcode  : 2 ", done.stderr)
+
+
+UNREADABLE = """
+import errno, os, sys
+import train_mask_adan
+from edt.data.features import PackedFeatures
+
+def read(self, indices, flips, read=PackedFeatures._read, calls=[]):
+    calls.append(indices)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        raise OSError(errno.EIO, "Input/output error")
+    return read(self, indices, flips)
+
+PackedFeatures._read = read
+train_mask_adan.main(sys.argv[1:])
+"""
+
+
+def test_a_read_error_of_one_process_saves_the_steps_of_both(features, tmp_path):
+    script = tmp_path / "unreadable.py"
+    script.write_text(UNREADABLE)
+    done = run_script(*TORCHRUN, script, *command(features, tmp_path / "run", 9)[2:])
+    assert done.returncode == 1
+    assert "OSError: [Errno 5] Input/output error" in done.stderr
+    assert "error: another process of this run failed" in done.stderr
+    train(features, tmp_path / "whole", 2)
+    assert steps(tmp_path / "run") == [2]
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
+
+
+RESTARTED = """
+import os, signal, time
+from edt.training.accelerator import create_accelerator
+
+rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+time.sleep(4 * rank * restart)  # the others would read the address of the killed process
+accelerator = create_accelerator()
+accelerator.wait_for_everyone()
+if restart == 0 and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+accelerator.wait_for_everyone()
+print(f"process {accelerator.process_index} has come together with the others")
+"""
+
+
+def test_torchrun_restarts_a_run_with_a_static_rendezvous(tmp_path):
+    script = tmp_path / "restarted.py"
+    script.write_text(RESTARTED)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [*TORCHRUN, "--max-restarts", "1", "--master_port", port]
+    launcher.remove("--standalone")
+    done = run_script(*launcher, script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("has come together") == 2
 
 
 def test_a_second_run_in_the_folder_is_refused(features, tmp_path):

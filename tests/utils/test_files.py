@@ -1,4 +1,57 @@
-from edt.utils.files import differences
+"""Locks, and how differing settings are shown."""
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import time
+
+import pytest
+
+from edt.utils.errors import UserError
+from edt.utils.files import differences, file_lock
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL])
+@pytest.mark.parametrize("refusal", ["another run", None])
+def test_a_file_system_without_locks_is_warned_of_once(
+    code, refusal, tmp_path, monkeypatch, caplog
+):
+    def flock(file: object, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    entered = 0
+    for _ in range(2):
+        with file_lock(tmp_path / ".lock", refusal):
+            entered += 1
+    assert entered == 2
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1
+    assert messages[0].startswith(f"cannot lock {tmp_path} ({os.strerror(code)})")
+
+
+def test_a_lock_that_is_held_is_refused_and_free_afterwards(tmp_path):
+    with file_lock(tmp_path / ".lock"):
+        with pytest.raises(UserError, match="another run"):
+            with file_lock(tmp_path / ".lock", "another run"):
+                pytest.fail("two hold the lock")
+        context = multiprocessing.get_context("fork")
+        started = context.Event()
+        reader = context.Process(target=lambda: (started.set(), time.sleep(60)))
+        reader.start()
+        started.wait()
+    # A reader of the run that has ended is still there, as after a kill -9.
+    with file_lock(tmp_path / ".lock", "another run"):
+        pass
+    reader.kill()
+    reader.join()
+
+
+def test_a_lock_file_that_cannot_be_made_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot write to .*absent/.lock"):
+        with file_lock(tmp_path / "absent" / ".lock"):
+            pytest.fail("there is no such folder")
 
 
 def test_differences_are_shown_where_they_are():
