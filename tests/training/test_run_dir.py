@@ -1,6 +1,9 @@
 """Which folder a run writes to, which checkpoint it continues, and runs of version 0.1."""
 
+import errno
+import fcntl
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,7 +15,7 @@ from conftest import TRAIN, update_manifest
 import train_mask_adan
 from edt.checkpoints.folder import list_checkpoints
 from edt.checkpoints.loading import load_model
-from edt.training.run_dir import new_run_dir, newest_run_dir, resolve_resume
+from edt.training.run_dir import lock_run_dir, new_run_dir, newest_run_dir, resolve_resume
 from edt.utils.errors import UserError
 from edt.utils.files import read_json
 
@@ -105,6 +108,16 @@ def test_a_run_with_damaged_checkpoints_only_is_refused(run_of_two):
         resolve_resume(run_of_two, None)
     with pytest.raises(UserError, match="no complete checkpoint in .* to resume from"):
         resolve_resume(run_of_two, run_of_two)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_run_needs_no_locks(code, tmp_path, monkeypatch, caplog):
+    def flock(file: object, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock_run_dir(tmp_path / "run"):
+        assert f"cannot lock {tmp_path / 'run'} ({os.strerror(code)})" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------
