@@ -182,9 +182,8 @@ class _Decoding(NamedTuple):
             broken = self.batch.indices[~self.finite].tolist()
             rest = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
             raise UserError(
-                f"images {broken[:8]}{rest} are not finite; check the weights of model and "
-                "VAE, or try "
-                "--precision fp32"
+                f"images {broken[:8]}{rest} are not finite; check the weights of model and VAE, "
+                "or try --precision fp32"
             )
         return self.batch
 
