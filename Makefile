@@ -20,8 +20,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes of one thread each. Most of the time goes into starting scripts, which threads do not
+# make faster.
 test: install lint
-	$(BIN)/python -m pytest -m "not slow" -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal -q
 
 # TensorFlow, for the tests that run ADM's graph itself.
 $(VENV)/.installed-tf: $(VENV)/.installed
