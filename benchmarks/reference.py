@@ -30,7 +30,7 @@ def as_released(model: EDT) -> EDT:
         block.forward = types.MethodType(_block, block)
         block.attn.forward = types.MethodType(_attention, block.attn)
         # As in the release, the index stays on the host and is copied to the GPU at every use.
-        block.attn.host_index = block.attn.rel_pos_bias.index.cpu()
+        block.attn.host_index = block.attn.rel_pos_bias.relative_position_index.flatten().cpu()
     return model
 
 

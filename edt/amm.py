@@ -86,6 +86,21 @@ class Placement(NamedTuple):
     at_512: tuple[int, ...] | None = None  # 512-pixel models at any scale; None: as at 256 pixels
 
 
+def check_auto(blocks: str) -> None:
+    """Check a text that a user gave as AMM blocks: "auto" is the only one.
+
+    Raises:
+        UserError: it is another text.
+    """
+    if blocks != "auto":
+        raise UserError(f"AMM blocks are None, 'auto' or block numbers, got {blocks!r}")
+
+
+def default_form(uses_512_amm: bool) -> AMMForm:
+    """The form of a model for images of 512 pixels and more, or of fewer."""
+    return "512" if uses_512_amm else "256"
+
+
 def auto_blocks(
     placement: Placement | None, cfg_scale: float, uses_512_amm: bool
 ) -> tuple[int, ...]:

@@ -9,14 +9,24 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
 from torch import nn
 
-from edt.amm import AMMForm, Modulation, Placement, auto_blocks, set_amm_matrices
+from edt.amm import (
+    AMMForm,
+    Modulation,
+    Placement,
+    auto_blocks,
+    check_auto,
+    default_form,
+    set_amm_matrices,
+)
 from edt.masking import TokenMasks
+from edt.nn.config import ModelConfig
+from edt.nn.initialisation import initialize_as_dit
 from edt.nn.layers import (
     Attention,
     Block,
@@ -36,18 +46,10 @@ HEAD_DIM = 52  # head width in every stage of every size of EDT
 
 
 @dataclasses.dataclass(frozen=True)
-class EDTConfig:
+class EDTConfig(ModelConfig):
     """Everything that fixes the network; saved as JSON beside the weights."""
 
-    family: ClassVar[str] = "EDT"
-
-    input_size: int = 32
-    """Side of the square latent."""
-    in_channels: int = 4
-    """Latent channels; the output has twice as many, for noise and variance range."""
-    num_classes: int = 1000
-    """Classes without the null class; 0 is unconditional."""
-    patch_size: int = 2
+    family: str = dataclasses.field(default="EDT", init=False)
     depths: tuple[int, ...] = (2, 2, 2, 3, 3)
     """Blocks of the five stages."""
     num_heads: tuple[int, ...] = (6, 8, 10)
@@ -60,8 +62,6 @@ class EDTConfig:
     """Block of stage 1 before which TokenMasks.mid acts (released EDT-XL: 4)."""
     amm: Placement | None = None
     """Blocks that set_amm("auto") modulates; None where no placement is known."""
-    image_size: int | None = None
-    """Pixels per side of the images that the model was made for; None where it is not recorded."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "depths", tuple(self.depths))
@@ -74,32 +74,14 @@ class EDTConfig:
             raise UserError(f"EDT has five depths of at least 1, got {self.depths}")
         if len(self.num_heads) != 3 or min(self.num_heads) < 1:
             raise UserError(f"EDT has three head counts of at least 1, got {self.num_heads}")
-        multiple = 4 * self.patch_size
-        if self.input_size < 1 or self.input_size % multiple:
-            raise UserError(
-                f"latent side {self.input_size} is not a multiple of {multiple}, as patch size "
-                f"{self.patch_size} requires; choose another image size"
-            )
-        if self.num_classes < 0:
-            raise UserError(f"number of classes must be 0 or more, got {self.num_classes}")
+        super().__post_init__()
         if self.mid_mask_block is not None and not 0 <= self.mid_mask_block < self.depths[0]:
             raise UserError(f"mid_mask_block {self.mid_mask_block} is not a block of stage 1")
 
     @property
-    def grid_size(self) -> int:
-        """Tokens per side in stage 1."""
-        return self.input_size // self.patch_size
-
-    @property
-    def uses_512_amm(self) -> bool:
-        """Whether AMM takes its 512-pixel form and placement: for images of 512 pixels and more.
-
-        An unknown image size is computed from the latent. With more than 3 channels it comes from
-        the SD-VAE, which has 8 pixels per latent position. With up to 3 channels it is an image.
-        """
-        pixels_per_latent = 8 if self.in_channels > 3 else 1
-        image_size = self.image_size or pixels_per_latent * self.input_size
-        return image_size >= 512
+    def input_multiple(self) -> int:
+        """The patch size, doubled by each of the two down-sampling modules."""
+        return 4 * self.patch_size
 
     def with_width_of(self, other: "EDTConfig") -> "EDTConfig":
         """Copy with the widths and patch size of ``other``. The checkpoint decides the depths."""
@@ -112,11 +94,8 @@ class EDTConfig:
         Raises:
             UserError: a key is unknown.
         """
-        values = {"num_heads" if key == "heads" else key: value for key, value in values.items()}
-        names = {field.name for field in dataclasses.fields(cls)}
-        if unknown := ", ".join(sorted(set(values) - names)):
-            raise UserError(f"unknown model configuration {unknown}; is it from a newer version?")
-        return cls(**values)
+        renamed = {"num_heads" if key == "heads" else key: value for key, value in values.items()}
+        return super().from_dict(renamed)
 
     @classmethod
     def from_state_dict(cls, weights: Mapping[str, torch.Tensor]) -> "EDTConfig":
@@ -195,7 +174,7 @@ class EDT(DiffusionTransformer):
         skip2 = LongSkip(w1, w1, g1, tie, pes)
         self.concat_blocks = nn.ModuleList([skip1, skip2])
         self.final_layer = FinalLayer(w1, config.patch_size, 2 * config.in_channels, w1)
-        self._initialize()
+        initialize_as_dit(self)
 
     def forward(
         self,
@@ -289,10 +268,9 @@ class EDT(DiffusionTransformer):
         """
         uses_512_amm = self.config.uses_512_amm
         if isinstance(blocks, str):
-            if blocks != "auto":
-                raise UserError(f"AMM blocks are None, 'auto' or block numbers, got {blocks!r}")
+            check_auto(blocks)
             blocks = auto_blocks(self.config.amm, cfg_scale, uses_512_amm)
-        form = form or ("512" if uses_512_amm else "256")
+        form = form or default_form(uses_512_amm)
         self.modulations = set_amm_matrices(self.attention_blocks(), blocks or (), form, radius)
         return tuple(modulation.block for modulation in self.modulations)
 
@@ -312,34 +290,6 @@ class EDT(DiffusionTransformer):
             return x
         keep = keep.unsqueeze(-1).to(x.dtype)
         return x * keep + self.pos_embed * (1 - keep)
-
-    def _initialize(self) -> None:
-        """Initialise as DiT does, with the additions of the release."""
-        # Linear layers: Xavier uniform, zero bias.
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        # Patch embedding: its convolution is a linear layer on flattened patches.
-        weight, bias = self.x_embedder.proj.parameters()
-        nn.init.xavier_uniform_(weight.view(len(weight), -1))
-        nn.init.zeros_(bias)
-        # Label table and weights of the timestep MLP: normal with standard deviation 0.02.
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for name, parameter in self.t_embedder.named_parameters():
-            if name.endswith("weight"):
-                nn.init.normal_(parameter, std=0.02)
-        # Position biases: truncated normal with standard deviation 0.02.
-        for name, parameter in self.named_parameters():
-            if name.endswith("relative_position_bias_table"):
-                nn.init.trunc_normal_(parameter, std=0.02)
-        # adaLN-Zero: every block begins as the identity, and the output begins at zero. The AdaLN
-        # of down-sampling and long skips is not zeroed, as in the release.
-        zeroed: list[nn.Module] = [self.final_layer.adaLN_modulation, self.final_layer.linear]
-        zeroed += [module.adaLN_modulation for module in self.blocks if isinstance(module, Block)]
-        for parameter in itertools.chain(*(module.parameters() for module in zeroed)):
-            nn.init.zeros_(parameter)
 
 
 # ---------------------------------------------------------------------------------------------

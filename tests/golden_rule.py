@@ -32,10 +32,10 @@ def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def fill(model: Network) -> Network:
-    """Give a model the golden weights; position tables keep their values."""
+    """Give a model the golden weights; position and index tables keep their values."""
     state = model.state_dict()
     for name, value in state.items():
-        if not name.endswith("pos_embed"):
+        if not name.endswith(("pos_embed", "relative_position_index")):
             state[name] = torch.from_numpy(golden_weight(name, tuple(value.shape)))
     model.load_state_dict(state)
     return model

@@ -23,7 +23,7 @@ FLOORS = [
     {"data", "metrics"},
     {"nn"},
     {"amm", "masking"},
-    {"models"},
+    {"models", "baselines"},
     {"registry", "diffusion"},
     {"checkpoints", "sampling"},
     {"training"},

@@ -13,6 +13,7 @@ from edt.checkpoints.folder import MANIFEST, list_checkpoints, read_tensors, ver
 from edt.checkpoints.release import bare_weights, read_release_weights
 from edt.data.features import FeatureInfo
 from edt.models import EDTConfig
+from edt.nn.config import ModelConfig
 from edt.nn.transformer import DiffusionTransformer
 from edt.registry import config_from_state_dict, create_from_config, create_model, read_config
 from edt.utils.choices import check_choice, choices
@@ -45,7 +46,7 @@ class Weights(NamedTuple):
     """Weights, model configuration and origin of a checkpoint."""
 
     tensors: dict[str, torch.Tensor]
-    config: EDTConfig
+    config: ModelConfig
     info: CheckpointInfo
 
 
@@ -77,14 +78,20 @@ def load_model(
     tensors, config, info = read_weights(path, weights)
     expected = config
     if model is not None:
-        expected = expected.with_width_of(create_model(model, device="meta").config)
+        named = create_model(model, device="meta").config
+        if named.family != config.family:
+            raise UserError(
+                f"{path} holds a model of the family {config.family}, not {model}; "
+                "give its own --model"
+            )
+        expected = expected.with_width_of(named)
     if input_size is not None:
         expected = dataclasses.replace(expected, input_size=input_size)
     if num_classes is not None:
         expected = dataclasses.replace(expected, num_classes=num_classes)
     _check_shapes(tensors, expected, f"{path} as {model or config.family}")
     # AMM has no weights, so only the name tells that a model is meant to run without it.
-    if model is not None and model.endswith("_noAMM"):
+    if isinstance(config, EDTConfig) and model is not None and model.endswith("_noAMM"):
         config = dataclasses.replace(config, amm=None)
     network = create_from_config(config)
     network.load_state_dict(tensors)
@@ -238,7 +245,7 @@ def _check_finite(tensors: dict[str, torch.Tensor], file: Path) -> None:
         )
 
 
-def _check_shapes(tensors: dict[str, torch.Tensor], config: EDTConfig, title: str) -> None:
+def _check_shapes(tensors: dict[str, torch.Tensor], config: ModelConfig, title: str) -> None:
     """Compare names and shapes with those that a configuration expects."""
     with torch.device("meta"):
         network = create_from_config(config)

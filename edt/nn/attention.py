@@ -6,13 +6,15 @@ import contextlib
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from edt.utils.choices import unknown_choice
 
 AttentionBackend = Literal["auto", "reference", "triton"]
 
 ATTENTION_BACKENDS: dict[AttentionBackend, str] = {
-    "auto": "triton for 16-bit types on a GPU, else reference",
+    "auto": "torch's fused attention where there is neither position bias nor AMM, else triton for "
+    "16-bit types on a GPU, else reference",
     "reference": "plain matrix products (the definition; fastest on a CPU)",
     "triton": "fused GPU kernels that never store the attention matrix",
 }
@@ -28,16 +30,17 @@ def attention(
 
     The rows of ``softmax(...) * amm_matrix`` are not normalised again (paper, section 3.2).
 
-    ``scaled_dot_product_attention`` is not a backend. Its fused kernels accept neither a factor
-    after the softmax nor, at a head_dim of 52, a bias that needs a gradient. On a CPU they are
-    slower under bfloat16.
+    With neither bias nor factor, "auto" takes ``scaled_dot_product_attention``. Its fused kernels
+    accept neither a factor after the softmax nor, at a head_dim of 52, a bias that needs a
+    gradient.
 
     Args:
         qkv: (B, N, 3, num_heads, head_dim), as the qkv projection returns it.
         bias: added to the scores. (num_heads, N, N) is shared by all images, and
             (B, num_heads, N, N) has one bias per image. None adds nothing. The triton backend
             accepts only a shared bias; "auto" computes a per-image bias with the reference.
-        amm_matrix: (N, N) factor on the result of the softmax (see :mod:`edt.amm`), or None.
+        amm_matrix: (N, N) factor on the result of the softmax (see :mod:`edt.amm`), or None. A
+            masked pass has one per image, (B, 1, N, N), with the same restriction as the bias.
         backend: a key of :data:`ATTENTION_BACKENDS`.
 
     Returns:
@@ -48,10 +51,12 @@ def attention(
     """
     if backend not in ATTENTION_BACKENDS:
         raise unknown_choice("attention backend", backend, AttentionBackend)
+    if backend == "auto" and bias is None and amm_matrix is None:
+        return _without_bias(qkv)
     if backend == "auto":
         is_16_bit = qkv.dtype in (torch.bfloat16, torch.float16)
-        has_shared_bias = bias is None or bias.ndim <= 3
-        backend = "triton" if qkv.is_cuda and is_16_bit and has_shared_bias else "reference"
+        is_shared = all(pairs is None or pairs.ndim <= 3 for pairs in (bias, amm_matrix))
+        backend = "triton" if qkv.is_cuda and is_16_bit and is_shared else "reference"
     if backend == "triton":
         # Imported here because only this backend needs the triton package.
         from edt.nn.attention_triton import triton_attention
@@ -68,6 +73,13 @@ def attention(
         if amm_matrix is not None:
             weights = weights * amm_matrix.to(weights.dtype)
         return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def _without_bias(qkv: torch.Tensor) -> torch.Tensor:
+    """Plain softmax attention of (B, N, 3, num_heads, head_dim), in torch's fused kernels."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    with no_autocast(qkv.device):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:

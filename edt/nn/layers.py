@@ -123,29 +123,52 @@ class LabelEmbedder(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """Learned bias of BEiT's form: one value per head and per offset of query and key."""
+    """Learned bias of BEiT's form: one value per head and per offset of query and key.
 
-    index: torch.Tensor  # (N^2,) int64, row of the table for each pair of query and key
+    Args:
+        grid_size: tokens per side, sqrt(N).
+        num_heads: heads.
+        has_class_token: use BEiT's whole layout, as MDTv2's checkpoints do. The table then has
+            three more rows, for a class token that no network here has, and the index is saved.
+    """
 
-    def __init__(self, grid_size: int, num_heads: int) -> None:
+    relative_position_index: torch.Tensor  # (N, N) int64, row of the table for query and key
+
+    def __init__(self, grid_size: int, num_heads: int, has_class_token: bool = False) -> None:
         super().__init__()
-        self.grid_size = grid_size
         side = 2 * grid_size - 1  # offsets from -(grid_size - 1) to grid_size - 1
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(side**2, num_heads))
+        rows = side**2 + (3 if has_class_token else 0)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
         token = torch.arange(grid_size)
         row, column = torch.meshgrid(token, token, indexing="ij")
         row, column = row.flatten(), column.flatten()
         delta_row = row[:, None] - row + grid_size - 1  # query minus key, counted from 0
         delta_column = column[:, None] - column + grid_size - 1
-        index = (delta_row * side + delta_column).flatten()
-        self.register_buffer("index", index, persistent=False)
+        index = delta_row * side + delta_column
+        self.register_buffer("relative_position_index", index, persistent=has_class_token)
 
-    def forward(self) -> torch.Tensor:
-        """Bias of every pair of query and key, (num_heads, N, N)."""
-        tokens = self.grid_size**2
-        bias = self.relative_position_bias_table.index_select(0, self.index)
+    def forward(self, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Bias of every pair of query and key.
+
+        Args:
+            kept: (B, n) int64, the tokens of each image in a masked pass; None means all tokens.
+
+        Returns:
+            (num_heads, N, N), or (B, num_heads, n, n) of the kept tokens.
+        """
+        index = self.relative_position_index
+        if kept is not None:
+            index = _pairs(index, kept)
+        bias = self.relative_position_bias_table.index_select(0, index.flatten())
+        if kept is not None:
+            return bias.unflatten(0, index.shape).permute(0, 3, 1, 2)
         # The copy is contiguous because every image's scores read the bias in (head, N, N) order.
-        return bias.T.contiguous().view(-1, tokens, tokens)
+        return bias.T.contiguous().view(-1, *index.shape)
+
+
+def _pairs(matrix: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Entries of (N, N) for the kept tokens (B, n) of each image, (B, n, n)."""
+    return matrix[kept[:, :, None], kept[:, None, :]]
 
 
 class Attention(nn.Module):
@@ -155,7 +178,8 @@ class Attention(nn.Module):
         dim: channels C.
         num_heads: heads; C is divided among them.
         grid_size: tokens per side, sqrt(N).
-        bias: makes the position bias (num_heads, N, N) that is added to the scores; None adds none.
+        bias: makes the position bias that is added to the scores, see
+            :class:`RelativePositionBias`; None adds none.
 
     Attributes:
         amm_matrix: (N, N) factor on the attention weights, or None; see edt.amm.
@@ -175,10 +199,14 @@ class Attention(nn.Module):
         self.register_buffer("amm_matrix", None, persistent=False)
         self.backend: AttentionBackend = "auto"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """``kept`` is (B, n) int64 if ``x`` (B, n, C) has only these tokens of the grid."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
-        return self.proj(attention(qkv, bias, self.amm_matrix, self.backend))
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(kept)
+        amm_matrix = self.amm_matrix
+        if amm_matrix is not None and kept is not None:
+            amm_matrix = _pairs(amm_matrix, kept).unsqueeze(1)
+        return self.proj(attention(qkv, bias, amm_matrix, self.backend))
 
 
 class _TanhGELU(nn.GELU):
@@ -199,9 +227,12 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, 4 * dim, act_layer=_TanhGELU)
         self.adaLN_modulation = AdaLNModulation(cond_dim, dim, parts=6)
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, c: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``kept`` is (B, n) int64 if ``x`` (B, n, C) has only these tokens of the grid."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
-        attended = self.attn(modulate(layer_norm(x), shift_attn, scale_attn))
+        attended = self.attn(modulate(layer_norm(x), shift_attn, scale_attn), kept)
         x = torch.addcmul(x, gate_attn.unsqueeze(1), attended)
         transformed = self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp))
         return torch.addcmul(x, gate_mlp.unsqueeze(1), transformed)

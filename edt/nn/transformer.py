@@ -17,9 +17,7 @@ class DiffusionTransformer(nn.Module):
     A model family is a subclass. It implements every method here that raises NotImplementedError.
 
     Attributes:
-        config: frozen dataclass that fixes the network. It has at least input_size (side of the
-            square latent), in_channels (of the latent), num_classes (0: unconditional) and
-            image_size (pixels of the images, None where unknown).
+        config: frozen dataclass that fixes the network (see edt.nn.config.ModelConfig).
         in_channels: channels of the latent; the output has twice as many.
         num_classes: classes without the null class, whose label is this number.
         modulations: the AMM settings of each modulated block (edt.amm.Modulation), made by
@@ -69,8 +67,10 @@ class DiffusionTransformer(nn.Module):
     def set_attention(self, backend: AttentionBackend) -> None:
         """Choose how attention is computed, see :data:`edt.nn.attention.ATTENTION_BACKENDS`."""
         check_choice("attention backend", backend, AttentionBackend)
-        for attention in self.attention_blocks():
-            attention.backend = backend
+        # All attention modules, and not attention_blocks(), which leaves MDTv2's side block out.
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
 
     def forward_with_cfg(
         self,

@@ -32,7 +32,7 @@ from edt.checkpoints.folder import (
     sweep_checkpoints,
     verify_checkpoint,
 )
-from edt.models import EDTConfig
+from edt.nn.config import ModelConfig
 from edt.registry import read_config
 from edt.training.config import TrainConfig
 from edt.utils.errors import UserError
@@ -221,7 +221,7 @@ class RunDirectory:
         self,
         folder: Path,
         name: str,
-        model: EDTConfig,
+        model: ModelConfig,
         features: dict[str, Any],
         keep_last: int = 3,
         keep_every: int = 50_000,
@@ -373,13 +373,13 @@ def _feature_differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
     )
 
 
-def _with_image_size(model: EDTConfig, features: dict[str, Any]) -> EDTConfig:
+def _with_image_size(model: ModelConfig, features: dict[str, Any]) -> ModelConfig:
     """The configuration with the features' image size, which version 0.1 did not record in it."""
     if model.image_size is not None:
         return model
     return dataclasses.replace(model, image_size=features.get("image_size"))
 
 
-def _json(config: EDTConfig) -> dict[str, Any]:
+def _json(config: ModelConfig) -> dict[str, Any]:
     """A configuration as it is read back from JSON: lists for tuples."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -66,17 +66,19 @@ def test_outputs_and_gradients_equal_float64(dtype, tolerance, autocast, grid_si
     assert results[0].dtype == dtype  # autocast does not lower the dtype of the inputs
 
 
-def test_no_bias_equals_a_bias_of_zeros():
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_no_bias_equals_a_bias_of_zeros(backend):
     qkv, bias, grad_out = make_inputs(16)
     qkv.requires_grad_()
-    out = attention(qkv, None)
+    out = attention(qkv, None, backend=backend)
     grad_qkv = torch.autograd.grad(out, qkv, grad_out)[0]
     exact_qkv = qkv.detach().double().requires_grad_()
     exact = definition(exact_qkv, 0.0)
     exact_grad_qkv = torch.autograd.grad(exact, exact_qkv, grad_out.double())[0]
     assert relative_error(out, exact) < 1e-5
     assert relative_error(grad_qkv, exact_grad_qkv) < 1e-5
-    assert torch.equal(out, attention(qkv, torch.zeros_like(bias)))
+    if backend == "reference":
+        assert torch.equal(out, attention(qkv, torch.zeros_like(bias), backend=backend))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -127,7 +129,7 @@ class RecordedOperators(TorchDispatchMode):
     ("device", "dtype", "bias_shape", "is_triton"),
     [
         ("cuda", torch.bfloat16, (2, 4, 4), True),
-        ("cuda", torch.float16, None, True),
+        ("cuda", torch.float16, (2, 4, 4), True),
         ("cuda", torch.bfloat16, (3, 2, 4, 4), False),  # a bias per image
         ("cuda", torch.float32, (2, 4, 4), False),
         ("cpu", torch.bfloat16, (2, 4, 4), False),
@@ -143,6 +145,33 @@ def test_auto_takes_triton_for_16_bit_types_on_a_gpu(device, dtype, bias_shape, 
     assert out.shape == (3, 4, 104)
     assert ("edt.attention.default" in operators.names) == is_triton
     assert ("aten._softmax.default" in operators.names) != is_triton
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_takes_torchs_own_attention_without_bias_and_amm(dtype):
+    def is_fused(backend: str, *pairs: torch.Tensor | None) -> bool:
+        with RecordedOperators() as operators:
+            attention(qkv, *pairs, backend=backend)
+        return any("scaled_dot_product" in name for name in operators.names)
+
+    qkv, bias, _ = make_inputs(4, dtype)
+    assert is_fused("auto", None, None)
+    assert not is_fused("reference", None, None)
+    assert not is_fused("auto", bias, None)
+    assert not is_fused("auto", None, torch.ones(4, 4))
+
+
+def test_amm_of_each_image_is_that_of_the_images_one_by_one():
+    qkv, bias, _ = make_inputs(16)
+    amm_matrix = torch.rand(len(qkv), 1, 16, 16)
+    for bias_of_image in (None, bias):
+        expected = torch.cat(
+            [
+                attention(image[None], bias_of_image, matrix[0])
+                for image, matrix in zip(qkv, amm_matrix, strict=True)
+            ]
+        )
+        torch.testing.assert_close(attention(qkv, bias_of_image, amm_matrix), expected)
 
 
 def test_a_backend_that_cannot_run_here_is_refused():
