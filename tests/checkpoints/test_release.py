@@ -118,6 +118,34 @@ def test_the_wrong_model_is_named_with_both_shapes(tmp_path, tiny):
         load_model(tmp_path / "c.pt")
 
 
+@pytest.mark.parametrize(
+    ("name", "layout", "other"),
+    [
+        ("DiT-S/2", {"depth": 1}, "MDTv2-S/2"),
+        ("MDTv2-S/2", {"depth": 3, "decode_layer": 1}, "EDT-S/2"),
+    ],
+)
+def test_official_files_of_the_baselines_load(name, layout, other, tmp_path):
+    """DiT and MDTv2 publish bare state dicts; their training scripts save model and ema."""
+    torch.manual_seed(0)
+    saved = create_model(name, input_size=8, num_classes=5, **layout)
+    torch.save(saved.state_dict(), tmp_path / "bare.pt")
+    save_release(tmp_path / "full.pt", saved)
+    for file in ("bare.pt", "full.pt"):
+        for model_name in (None, name):
+            model, _ = load_model(tmp_path / file, model_name)
+            assert same(model, saved)
+            assert model.config == saved.config
+    assert not same(load_model(tmp_path / "full.pt", weights="model")[0], saved)
+    family = name.partition("-")[0]
+    with pytest.raises(UserError, match=f"model of the family {family}, not {other}"):
+        load_model(tmp_path / "bare.pt", other)
+    with pytest.raises(UserError, match=r"not \(1, 16, 768\)"):
+        load_model(tmp_path / "bare.pt", name.replace("S", "B"))
+    with pytest.raises(UserError, match=r"embedding_table.weight is \(6, 384\)"):
+        load_model(tmp_path / "bare.pt", num_classes=1000)
+
+
 class Hostile:
     """Makes a folder when it is unpickled."""
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import golden_rule
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ import train_mask_adan
 from edt.checkpoints.folder import list_checkpoints
 from edt.checkpoints.loading import load_model
 from edt.data.vae import PixelVAE
+from edt.registry import create_model
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # Its bf16 has no effect: --precision decides.
@@ -109,6 +111,34 @@ def test_sampling(launcher, trained, tmp_path, capsys):
     assert settings["cfg_scale"] == 1.5
     assert settings["seed"] == 42
     assert settings == json.loads((other.parent / "recipe.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "blocks"),
+    [
+        ("DiT-S/2", {"depth": 4}, [0, 2]),  # the published blocks, counted from the last one
+        ("MDTv2-S/2", {"depth": 4, "decode_layer": 2}, [0]),
+    ],
+)
+def test_sampling_of_the_baselines(name, layout, blocks, tmp_path, capsys):
+    """A file of official layout goes through the same scripts as EDT's."""
+    model = create_model(name, input_size=8, in_channels=3, num_classes=5, **layout)
+    torch.save(golden_rule.fill(model).state_dict(), tmp_path / "official.pt")
+    common = ["--model", name, "--ckpt", str(tmp_path / "official.pt"), "--vae", "pixels"]
+    common += ["--num-sampling-steps", "3", "--output-dir", str(tmp_path)]
+    images = []
+    for amm in ("--amm", "--no-amm"):
+        assert image_generator_ddp.main([*common, "--num-images", "4", amm]) == 0
+        path = Path(capsys.readouterr().out.strip().splitlines()[-1])
+        assert name.replace("/", "-") in path.parent.name
+        images.append(np.load(path)["arr_0"])
+        settings = json.loads((path.parent / "recipe.json").read_text())
+        assert settings["amm"]["blocks"] == (blocks if amm == "--amm" else [])
+        assert settings["model"]["family"] == model.config.family
+        assert settings["model"]["depth"] == 4
+    assert images[0].shape == (4, 8, 8, 3)
+    assert (images[0] != images[1]).any()
+    assert image_generator.main([*common, "--num-variations", "1"]) == 0
 
 
 def test_class_images(trained, tmp_path):
