@@ -8,9 +8,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Masking = Literal["edt", "none"]
+Masking = Literal["edt", "mdt", "none"]
 MASKINGS: dict[Masking, str] = {
-    "edt": "a full and a masked pass in every step",
+    "edt": "a full and a masked pass in every step, for EDT",
+    "mdt": "a full pass, and one whose encoder sees some tokens only, for MDTv2",
     "none": "the full pass alone (the paper's starred models)",
 }
 

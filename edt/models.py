@@ -145,6 +145,7 @@ class EDT(DiffusionTransformer):
 
     config: EDTConfig
     pos_embed: torch.Tensor  # (1, T, w1)
+    maskings = ("edt", "none")
     can_batch_passes = True
 
     def __init__(self, config: EDTConfig) -> None:

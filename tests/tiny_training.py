@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from edt.data.features import Batch
 from edt.models import EDT
+from edt.nn.transformer import DiffusionTransformer
 from edt.registry import create_model
 from edt.training.config import TrainConfig
 from edt.training.trainer import Trainer
@@ -21,17 +22,28 @@ def tiny_model() -> EDT:
     return golden_rule.fill(model)
 
 
+def tiny_baseline(family: str) -> DiffusionTransformer:
+    """A DiT or an MDTv2 as small as EDT-Tiny, with the golden weights."""
+    layout = {"depth": 3, "hidden_size": 48, "num_heads": 2}
+    shape = {"input_size": 16, "in_channels": 3, "num_classes": NUM_CLASSES}
+    if family == "MDTv2":
+        layout["decode_layer"] = 1
+    return golden_rule.fill(create_model(f"{family}-S/2", **layout, **shape))
+
+
 def tiny_trainer(
     micro_batch_size: int | None = None,
     separate_passes: bool = False,
     compile: str = "off",
+    model: DiffusionTransformer | None = None,
     **config: Any,
 ) -> Trainer:
     """A trainer of the tiny model for batches of 6; ``config`` are fields of TrainConfig."""
     fields = {"global_batch_size": 6, "ema_decay": 0.9, "lr_steps": 40, **config}
     accelerator = Accelerator(cpu=True)
+    model = model or tiny_model()
     return Trainer(
-        tiny_model(), TrainConfig(**fields), accelerator, micro_batch_size, separate_passes, compile
+        model, TrainConfig(**fields), accelerator, micro_batch_size, separate_passes, compile
     )
 
 

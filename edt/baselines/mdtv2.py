@@ -28,6 +28,9 @@ from edt.utils.errors import UserError
 # Input masks
 
 
+MASK_RATIO_SPAN = 0.2  # a training step draws its ratio from mask_ratio to mask_ratio + 0.2
+
+
 class InputMasks(NamedTuple):
     """Which tokens enter the encoder in a masked pass."""
 
@@ -131,6 +134,7 @@ class MDTv2(IsotropicTransformer):
     """
 
     config: MDTv2Config
+    maskings = ("mdt", "none")
     can_batch_passes = False  # the encoder has fewer tokens in the masked pass
     published_amm = {(384, 12): (8,)}
 
@@ -200,6 +204,11 @@ class MDTv2(IsotropicTransformer):
     def compilable_modules(self) -> list[nn.Module]:
         """The transformer blocks; in the masked pass the encoder's run uncompiled."""
         return [module for module in self.modules() if isinstance(module, MDTBlock)]
+
+    def freeze_masked_pass(self) -> None:
+        """Exclude side block and mask token from training."""
+        self.sideblocks.requires_grad_(False)
+        self.mask_token.requires_grad_(False)
 
     def _encode(
         self,

@@ -1,5 +1,7 @@
 """Floating-point operations of a network, and the peak rate of a device."""
 
+from typing import Any
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,18 +20,22 @@ PEAK_TFLOPS_PER_SEC = {
 }
 
 
-def forward_flops(model: DiffusionTransformer) -> int:
+def forward_flops(model: DiffusionTransformer, masks: Any = None) -> int:
     """Floating-point operations of one forward pass of one image.
 
     They are twice the multiply-accumulates that the paper calls "GFLOPs". A copy of the network on
     the meta device is counted, so nothing is computed.
+
+    Args:
+        model: the network.
+        masks: of a masked pass of one image, on the meta device; None counts the full pass.
     """
     config = model.config
     with torch.device("meta"):
         copy_on_meta = type(model)(config)
         x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
         with FlopCounterMode(display=False) as counter:
-            copy_on_meta(x, torch.zeros(1))
+            copy_on_meta(x, torch.zeros(1), masks=masks)
     return counter.get_total_flops()
 
 

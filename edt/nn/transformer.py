@@ -22,6 +22,7 @@ class DiffusionTransformer(nn.Module):
         num_classes: classes without the null class, whose label is this number.
         modulations: the AMM settings of each modulated block (edt.amm.Modulation), made by
             :meth:`set_amm`; empty if AMM is off.
+        maskings: the choices of edt.masking.Masking that the family has.
         can_batch_passes: whether the full and the masked pass can be one batch. The masked pass
             must not drop tokens: both passes need the same token count in every layer.
     """
@@ -30,6 +31,7 @@ class DiffusionTransformer(nn.Module):
     in_channels: int
     num_classes: int
     modulations: tuple[Any, ...]
+    maskings: ClassVar[tuple[str, ...]] = ("none",)
     can_batch_passes: ClassVar[bool]
 
     def forward(
@@ -52,6 +54,13 @@ class DiffusionTransformer(nn.Module):
     def compilable_modules(self) -> list[nn.Module]:
         """The modules that ``--compile block`` compiles one by one."""
         raise NotImplementedError
+
+    def freeze_masked_pass(self) -> None:
+        """Exclude parameters from training that a masked pass alone uses; most families have none.
+
+        Training without a masked pass calls it. DistributedDataParallel refuses parameters that
+        never get a gradient.
+        """
 
     def set_amm(
         self,

@@ -45,7 +45,7 @@ class TrainConfig:
     label_dropout: float = 0.1
     """Probability that a label is replaced by the null class."""
     masking: Masking = "edt"
-    """See edt.masking.MASKINGS."""
+    """See edt.masking.MASKINGS. A model family has some of them."""
     noise: PassNoise = "independent"
     """See PASS_NOISES."""
     schedule_sampler: TimestepSamplerName = "loss-second-moment"

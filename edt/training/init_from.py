@@ -47,10 +47,14 @@ def init_from(model: DiffusionTransformer, weights: dict[str, torch.Tensor]) -> 
 
 
 def _resize_bias_table(table: torch.Tensor, length: int) -> torch.Tensor:
-    """Bicubic interpolation over the offsets, (old length, num_heads) -> (length, num_heads)."""
+    """Bicubic interpolation over the offsets, (old length, num_heads) -> (length, num_heads).
+
+    MDTv2's three rows after the offsets are copied.
+    """
     old_side, new_side = math.isqrt(len(table)), math.isqrt(length)
-    offsets = table.T.reshape(1, -1, old_side, old_side)
+    others = table[old_side**2 :]
+    offsets = table[: old_side**2].T.reshape(1, -1, old_side, old_side)
     resized = torch.nn.functional.interpolate(
         offsets, size=(new_side, new_side), mode="bicubic", align_corners=True
     )
-    return resized.reshape(-1, length).T
+    return torch.cat([resized.flatten(2)[0].T, others])

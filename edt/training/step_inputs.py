@@ -4,13 +4,14 @@ Every process draws the inputs of the global batch and keeps its rows. So the in
 on the number of processes, and a resumed run needs no generator state.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from edt.baselines.mdtv2 import MASK_RATIO_SPAN, InputMasks, masks_from_noise
 from edt.diffusion.timesteps import TimestepSampler
 from edt.masking import EDT_RATIOS, MID_RATIO, TokenMasks, draw_masks
-from edt.models import EDTConfig
+from edt.nn.config import ModelConfig
 from edt.training.config import TrainConfig
 from edt.utils.randomness import generator
 
@@ -20,7 +21,7 @@ class PassInputs(NamedTuple):
 
     noise: torch.Tensor  # (B, C, S, S)
     drop: torch.Tensor  # (B,) bool, True where the label becomes the null class
-    masks: TokenMasks | None = None  # None in the full pass
+    masks: TokenMasks | InputMasks | None = None  # None in the full pass
 
     def select(self, rows: slice) -> "PassInputs":
         """The inputs of some images."""
@@ -44,7 +45,7 @@ class StepInputs(NamedTuple):
 def draw_step_inputs(
     config: TrainConfig,
     step: int,
-    model: EDTConfig,
+    model: ModelConfig,
     timestep_sampler: TimestepSampler,
     device: torch.device,
 ) -> StepInputs:
@@ -66,14 +67,29 @@ def draw_step_inputs(
     masked = full
     if config.noise == "independent":
         masked = _draw_pass(config, step, model, "masked", device)
-    mid_ratio = None if model.mid_mask_block is None else MID_RATIO
-    mask_generator = generator(config.seed, "masks", step, device)
-    masks = draw_masks(batch_size, model.grid_size, mask_generator, EDT_RATIOS, mid_ratio)
+    masks = _draw_masks(config, step, model, device)
     return StepInputs(t, weight, (full, masked._replace(masks=masks)))
 
 
+def _draw_masks(
+    config: TrainConfig, step: int, model: Any, device: torch.device
+) -> TokenMasks | InputMasks:
+    """Masks of the masked pass, of the kind that ``config.masking`` names."""
+    batch_size = config.global_batch_size
+    mask_generator = generator(config.seed, "masks", step, device)
+    if config.masking == "edt":
+        mid_ratio = None if model.mid_mask_block is None else MID_RATIO
+        return draw_masks(batch_size, model.grid_size, mask_generator, EDT_RATIOS, mid_ratio)
+    # The ratio decides a tensor's shape. It is drawn on the host, which then never asks a GPU.
+    ratio_generator = generator(config.seed, "mask-ratio", step, torch.device("cpu"))
+    uniform = torch.rand((), generator=ratio_generator).item()
+    shape = (batch_size, model.grid_size**2)
+    noise = torch.rand(shape, generator=mask_generator, device=device)
+    return masks_from_noise(noise, model.mask_ratio + MASK_RATIO_SPAN * uniform)
+
+
 def draw_posterior_noise(
-    config: TrainConfig, step: int, model: EDTConfig, device: torch.device
+    config: TrainConfig, step: int, model: ModelConfig, device: torch.device
 ) -> torch.Tensor:
     """Noise for sampling the VAE's posterior, (B, C, S, S) for the global batch."""
     posterior_generator = generator(config.seed, "posterior", step, device)
@@ -82,7 +98,7 @@ def draw_posterior_noise(
 
 
 def _draw_pass(
-    config: TrainConfig, step: int, model: EDTConfig, stream: str, device: torch.device
+    config: TrainConfig, step: int, model: ModelConfig, stream: str, device: torch.device
 ) -> PassInputs:
     """Noise and label dropout of one pass, from the streams of its name."""
     batch_size = config.global_batch_size

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
+from edt.baselines.mdtv2 import InputMasks
 from edt.checkpoints.folder import TrainingState, flatten_optimizer, restore_optimizer
 from edt.data.features import Batch, sample_posterior
 from edt.diffusion import create_diffusion, create_timestep_sampler
@@ -42,7 +43,7 @@ class MicroBatch(NamedTuple):
     t: torch.Tensor  # (k n,)
     noise: torch.Tensor  # (k n, C, S, S)
     y: torch.Tensor  # (k n,), dropped labels replaced by the null class
-    masks: TokenMasks | None  # of k n rows
+    masks: TokenMasks | InputMasks | None  # of k n rows
     weight: torch.Tensor  # (n,)
     network_rows: int  # of the network's input: n with shared noise (repeated inside), else k n
     is_last: bool  # of the step; its backward pass reduces the gradients
@@ -73,8 +74,8 @@ class Trainer:
         skipped_in_a_row: how many of the last steps were skipped, () int64 on the device.
 
     Raises:
-        UserError: the global batch size is not divisible by the number of processes, or the
-            accelerator computes in another precision.
+        UserError: the global batch size is not divisible by the number of processes, the
+            accelerator computes in another precision, or the model has not this masking.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Trainer:
         compile: CompileMode = "off",
     ) -> None:
         _check_precision(config, accelerator)
+        _check_masking(config, model, compile)
         processes, rank = accelerator.num_processes, accelerator.process_index
         if config.global_batch_size % processes:
             raise UserError(
@@ -106,9 +108,12 @@ class Trainer:
         self.autocast = autocast(self.device, config.precision)
         self.model = model.to(self.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.ema_params = list(self.ema.parameters())
+        if config.masking == "none":
+            self.model.freeze_masked_pass()
+        trainable = dict(self._trainable_parameters())
+        self.ema_params = [p for name, p in self.ema.named_parameters() if name in trainable]
         self.optimizer = create_optimizer(
-            config.optimizer, self.model.parameters(), config.init_lr, compiled=compile != "off"
+            config.optimizer, trainable.values(), config.init_lr, compiled=compile != "off"
         )
         compile_network(self.model, compile)
         self.network = accelerator.prepare_model(self.model)  # the model, or its DDP wrapper
@@ -206,7 +211,7 @@ class Trainer:
                 null = torch.full_like(y[rows], self.model.num_classes)
                 labels = [torch.where(one_pass.drop, null, y[rows]) for one_pass in passes]
                 masks = passes[-1].masks
-                if len(passes) > 1 and masks is not None:
+                if len(passes) > 1 and isinstance(masks, TokenMasks):
                     masks = masks.prepend_full_pass()
                 # With shared noise the passes differ in their masks only. The network gets the
                 # rows once, and repeats them where the first mask acts.
@@ -230,9 +235,14 @@ class Trainer:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(self.network)
 
+    def _trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Names and parameters; DiT's position table is a parameter that is not trained."""
+        named = self.model.named_parameters()
+        return ((name, parameter) for name, parameter in named if parameter.requires_grad)
+
     def state(self) -> TrainingState:
         """Everything that the run is continued from; the tensors are not copied."""
-        names = [name for name, _ in self.model.named_parameters()]
+        names = [name for name, _ in self._trainable_parameters()]
         optimizer_tensors, optimizer_values = flatten_optimizer(self.optimizer, names)
         return TrainingState(
             step=self.step,
@@ -255,7 +265,7 @@ class Trainer:
         If the state is of another optimizer or timestep sampler than the configuration names, the
         new one starts without a history.
         """
-        names = [name for name, _ in self.model.named_parameters()]
+        names = [name for name, _ in self._trainable_parameters()]
         self.model.load_state_dict(state.tensors["model"])
         self.ema.load_state_dict(state.tensors["ema"])
         if state.config["optimizer"] == self.config.optimizer:
@@ -266,6 +276,20 @@ class Trainer:
         self.step = state.step
         self.images_seen, self.epoch = state.images_seen or 0, state.epoch or Fraction(0)
         self.skipped_steps.fill_(state.skipped_steps)
+
+
+def _check_masking(config: TrainConfig, model: DiffusionTransformer, compile: CompileMode) -> None:
+    """Refuse a masking that the model's family has not, or that cannot be compiled."""
+    if config.masking not in model.maskings:
+        raise UserError(
+            f"{model.config.family} has no masking {config.masking!r}; "
+            f"choose --masking {' or '.join(model.maskings)}"
+        )
+    if config.masking == "mdt" and compile == "full":
+        raise UserError(
+            "--compile full would compile a graph for every number of tokens that --masking mdt "
+            "keeps; use --compile block"
+        )
 
 
 def _check_precision(config: TrainConfig, accelerator: Accelerator) -> None:

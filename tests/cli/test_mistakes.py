@@ -118,6 +118,8 @@ def test_damaged_features_are_named(damage, message, image_folder, tmp_path, cap
     ("more", "message"),
     [
         (["--model", "EDT-M/2"], "unknown model 'EDT-M/2'"),
+        (["--model", "DiT-S/8"], "DiT has no masking 'edt'; choose --masking none"),
+        (["--masking", "mdt"], "EDT has no masking 'mdt'; choose --masking edt or none"),
         (["--num-classes", 2], "label 2, beyond --num-classes 2"),
         (["--global-batch-size", 41], "40 images are fewer"),
         (["--image-size", 32], "image_size 16, not 32"),

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_training import tiny_trainer
+from tiny_training import tiny_baseline, tiny_trainer
 
 from edt.registry import create_model
 from edt.training.step_inputs import StepInputs, draw_posterior_noise
@@ -38,6 +38,24 @@ def test_edt_xl_has_a_mask_inside_stage_1():
     config = create_model("EDT-XL/2", device="meta").config
     trainer.model.config = dataclasses.replace(config, input_size=16, in_channels=3)
     assert trainer.draw_inputs().passes[1].masks.mid.shape == (6, 64)
+
+
+def test_mdtv2_draws_a_ratio_for_each_step_and_tokens_for_each_image():
+    trainer = tiny_trainer(model=tiny_baseline("MDTv2"), masking="mdt", global_batch_size=3)
+    counts = []
+    for step in range(200):
+        trainer.step = step
+        full, masked = trainer.draw_inputs().passes
+        assert full.masks is None
+        kept = masked.masks.kept
+        assert kept.shape[0] == 3
+        counts.append(kept.shape[1])
+    assert not torch.equal(kept[0], kept[1])
+    assert torch.equal(trainer.draw_inputs().passes[1].masks.kept, kept)
+    assert torch.equal(masked.select(slice(1, 2)).masks.kept, kept[1:2])
+    # Of 64 tokens, 30 to 50 % are hidden.
+    assert (min(counts), max(counts)) == (32, 44)
+    assert sum(counts) / len(counts) == pytest.approx(64 * 0.6, abs=1)
 
 
 def test_labels_are_dropped_at_the_configured_rate():

@@ -7,7 +7,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from tiny_training import NUM_CLASSES, state_tensors, tiny_batch, tiny_model, tiny_trainer
+from tiny_training import (
+    NUM_CLASSES,
+    state_tensors,
+    tiny_baseline,
+    tiny_batch,
+    tiny_model,
+    tiny_trainer,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edt.data.features import Batch
@@ -129,6 +136,63 @@ def test_passes_together_or_apart_have_the_gradients_of_two_independent_ones(
     assert_same_gradients(reference, trainer.model)
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+@pytest.mark.parametrize("noise", ["independent", "shared"])
+def test_the_passes_of_mdtv2_go_through_one_after_the_other(noise, micro_batch_size):
+    reference = tiny_baseline("MDTv2").train()
+    trainer = tiny_trainer(
+        micro_batch_size, model=tiny_baseline("MDTv2"), masking="mdt", noise=noise
+    )
+    batch, inputs = tiny_batch(0), trainer.draw_inputs()
+    assert inputs.passes[0].masks is None
+    losses = []
+    for pass_inputs in inputs.passes:
+        labels = torch.where(pass_inputs.drop, NUM_CLASSES, batch.labels)
+        x_t = trainer.diffusion.q_sample(batch.stored, inputs.t, pass_inputs.noise)
+        output = reference(x_t, inputs.t, labels, pass_inputs.masks)
+        terms = trainer.diffusion.losses(output, batch.stored, x_t, inputs.t, pass_inputs.noise)
+        losses.append(terms.loss)
+    sum((inputs.weight * loss).mean() for loss in losses).backward()
+    report = trainer.train_step(batch, inputs)
+    torch.testing.assert_close(report.losses, torch.stack(losses, dim=1), rtol=1e-5, atol=1e-6)
+    assert_same_gradients(reference, trainer.model)
+
+
+@pytest.mark.parametrize(
+    ("family", "masking", "untrained"),
+    [
+        ("DiT", "none", {"pos_embed"}),
+        ("MDTv2", "none", {"sideblocks", "mask_token"}),
+        ("MDTv2", "mdt", set()),
+    ],
+)
+def test_only_what_a_pass_uses_is_trained(family, masking, untrained):
+    trainer = tiny_trainer(model=tiny_baseline(family), masking=masking)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    for step in range(2):
+        trainer.train_step(tiny_batch(step))
+    averages = dict(trainer.ema.named_parameters())
+    for name, parameter in trainer.model.named_parameters():
+        is_trained = name.split(".")[0] not in untrained
+        assert (parameter.grad is not None) == is_trained, name
+        assert torch.equal(parameter, before[name]) != is_trained, name
+        assert torch.equal(averages[name], before[name]) != is_trained, name
+        assert (f"{name}/exp_avg" in trainer.state().tensors["optimizer"]) == is_trained
+
+
+def test_a_masking_that_the_family_has_not_is_refused():
+    for family, masking, known in (
+        ("DiT", "edt", "none"),
+        ("MDTv2", "edt", "mdt or none"),
+        ("EDT", "mdt", "edt or none"),
+    ):
+        model = tiny_model() if family == "EDT" else tiny_baseline(family)
+        with pytest.raises(UserError, match=f"{family} has no masking '{masking}'.* {known}$"):
+            tiny_trainer(model=model, masking=masking)
+    with pytest.raises(UserError, match="--compile full .* use --compile block"):
+        tiny_trainer(model=tiny_baseline("MDTv2"), masking="mdt", compile="full")
+
+
 def test_every_trainable_parameter_gets_a_gradient_in_a_step():
     trainer = tiny_trainer()
     trainer.train_step(tiny_batch(0))
@@ -177,8 +241,14 @@ def test_compiled_steps_are_the_same(compile):
 
 
 @pytest.mark.parametrize("optimizer", ["adan", "adan-pytorch"])
-def test_state_survives_a_round_trip(optimizer):
-    trainer, restored = tiny_trainer(optimizer=optimizer), tiny_trainer(optimizer=optimizer)
+@pytest.mark.parametrize(
+    ("family", "masking"), [("EDT", "edt"), ("DiT", "none"), ("MDTv2", "mdt"), ("MDTv2", "none")]
+)
+def test_state_survives_a_round_trip(optimizer, family, masking):
+    models = [tiny_model() if family == "EDT" else tiny_baseline(family) for _ in range(2)]
+    trainer, restored = (
+        tiny_trainer(model=model, optimizer=optimizer, masking=masking) for model in models
+    )
     for step in range(2):
         trainer.train_step(tiny_batch(step))
     state = trainer.state()

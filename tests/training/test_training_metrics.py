@@ -122,6 +122,21 @@ def test_operations_of_a_training_step(masking, passes):
     assert Meter(trainer).flops_per_image == pytest.approx(passes * 3 * 2 * 2.667e9, rel=1e-3)
 
 
+@pytest.mark.parametrize("masking", ["mdt", "none"])
+def test_the_masked_pass_of_mdtv2_counts_as_it_is(masking):
+    """Per block and token 12 D^2 multiply-accumulates, and 2 N D for attention among N tokens."""
+    model = create_model("MDTv2-S/2")
+    config = TrainConfig(global_batch_size=BATCH_SIZE, masking=masking)
+    counted = Meter(Trainer(model, config, Accelerator(cpu=True))).flops_per_image
+    full, dim, kept = 6.735e9, 384, 153  # at the mean ratio, 0.4
+    block = {n: 12 * n * dim**2 + 2 * n**2 * dim for n in (kept, 256)}
+    skips = 3 * 2 * dim**2 * (256 - kept)
+    adaln = 6 * dim**2  # of the side block
+    masked = full - 6 * (block[256] - block[kept]) - skips + block[256] + adaln
+    expected = full + (masked if masking == "mdt" else 0)
+    assert counted == pytest.approx(3 * 2 * expected, rel=1e-3)
+
+
 def test_means_begin_again_after_a_line():
     trainer = tiny_trainer(global_batch_size=BATCH_SIZE)
     meter = Meter(trainer)
