@@ -10,7 +10,10 @@ from edt.nn.flops import forward_flops
 from edt.utils.errors import UserError
 
 GOLDEN = golden_rule.load("baselines.npz")
-SMALL = {"input_size": 8, "in_channels": 3, "num_classes": 5, "depth": 3}
+SMALL = {
+    **{"input_size": 8, "in_channels": 3, "num_classes": 5},
+    **{"depth": 3, "hidden_size": 48, "num_heads": 2},
+}
 
 
 def golden_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,7 +18,10 @@ from edt.nn.flops import forward_flops
 from edt.nn.layers import layer_norm
 from edt.utils.errors import UserError
 
-SMALL = {"input_size": 8, "in_channels": 3, "num_classes": 5, "depth": 6, "decode_layer": 2}
+SMALL = {
+    **{"input_size": 8, "in_channels": 3, "num_classes": 5},
+    **{"depth": 6, "decode_layer": 2, "hidden_size": 48, "num_heads": 2},
+}
 
 
 @pytest.fixture
@@ -294,7 +297,7 @@ def test_masked_passes_of_other_lengths_compile_nothing_new(small):
 
 def test_both_position_tables_are_learned_and_begin_fixed():
     torch.manual_seed(0)
-    model = MDTv2_models["MDTv2-S/2"](**SMALL)
+    model = MDTv2_models["MDTv2-S/2"](**{**SMALL, "hidden_size": 384})
     assert torch.equal(model.pos_embed, model.decoder_pos_embed)
     assert model.pos_embed.requires_grad and model.decoder_pos_embed.requires_grad
     assert model.mask_token.std().item() == pytest.approx(0.02, rel=0.1)
