@@ -167,7 +167,8 @@ def test_bfloat16_is_refused_on_a_gpu_that_emulates_it(monkeypatch):
     ("main", "more", "message"),
     [
         (image_generator_ddp.main, ["--model", "EDT-S/2"], "not (1, 64, 312)"),
-        (image_generator_ddp.main, ["--model", "DiT-S/2"], "unknown model"),
+        (image_generator_ddp.main, ["--model", "SiT-S/2"], "unknown model"),
+        (image_generator_ddp.main, ["--model", "DiT-S/2"], "of the family EDT, not DiT-S/2"),
         (image_generator_ddp.main, ["--image-size", 32], "images of 16 pixels, not 32"),
         (
             image_generator_ddp.main,
