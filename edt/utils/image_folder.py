@@ -20,10 +20,10 @@ SYSTEM_NAMES = {
     *("__macosx", "desktop.ini", "thumbs.db", "$recycle.bin", "system volume information"),
     *("@eadir", "#recycle", "lost+found"),
 }
-SPLITS = {
-    *("train", "training", "trainval", "val", "valid", "validation", "test", "testing"),
-    *("dev", "eval"),
-}
+# Words for the splits of a data set, without the endings of "training" and "testset".
+SPLITS = {"train", "trainval", "val", "valid", "validation", "test", "dev", "eval", "evaluation"}
+# Parts of a data set that stand beside its splits.
+PARTS = {"extra", "pred", "sample", "unlabeled", "unlabelled"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,11 +204,28 @@ def _are_splits(names: list[str], nested: bool) -> bool:
         names: of the folders.
         nested: whether one of them has images in sub-folders.
     """
-    # COCO has "train2017" and "val2017". A data set of vehicles may have a class "train".
-    if len(SPLITS & {name.lower().rstrip("0123456789_-") for name in names}) > 1:
+    known = SPLITS | PARTS if nested else SPLITS
+    # The split words of the names, by the other words of the name. COCO has "train2017" and
+    # "val2017", DIV2K has "DIV2K_train_HR" and "DIV2K_valid_HR". A data set of vehicles may have a
+    # class "train".
+    splits: dict[frozenset[str], set[frozenset[str]]] = {}
+    for words in map(_words, names):
+        if words & known:
+            splits.setdefault(words - known, set()).add(words & known)
+    if any(len(different) > 1 for different in splits.values()):
         return True
     # ImageNet has "ILSVRC2012_img_train" with sub-folders. "bullet_train" without them is a class.
-    return nested and all(SPLITS & set(re.findall("[a-z]+", name.lower())) for name in names)
+    return nested and all(_words(name) & known for name in names)
+
+
+def _words(name: str) -> frozenset[str]:
+    """The words of a folder's name, without digits, single letters and endings like "set".
+
+    A word begins after a separator or digit, or at a capital: "train_images", "PublicTest".
+    """
+    words = re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    stems = (re.sub("(ing)?(set|data)?$", "", word.lower()) for word in words)
+    return frozenset(stem for stem in stems if len(stem) > 1)
 
 
 def _some(names: list[str]) -> str:

@@ -119,6 +119,24 @@ SPLITS = {
         "train/images",
     ),
     "validation and test": (("validation/ant/1.png", "test/ant/1.png"), "test"),
+    "of Intel's images": (
+        (
+            *("seg_train/seg_train/sea/1.jpg", "seg_train/seg_train/street/2.jpg"),
+            *("seg_test/seg_test/sea/3.jpg", "seg_pred/seg_pred/4.jpg"),
+        ),
+        "seg_train/seg_train",
+    ),
+    "of FER2013": (
+        ("PrivateTest/0/1.png", "PublicTest/0/2.png", "Training/0/3.png", "Training/1/4.png"),
+        "Training",
+    ),
+    "in one word": (("testset/1.png", "trainset/2.png"), "trainset"),
+    "in one longer word": (("TestingData/1.png", "trainingset/2.png"), "trainingset"),
+    "called images": (("test_images/1.png", "train_images/2.png"), "train_images"),
+    "of DIV2K": (("DIV2K_train_HR/1.png", "DIV2K_valid_HR/2.png"), "DIV2K_train_HR"),
+    "of CycleGAN": (("testA/1.jpg", "testB/1.jpg", "trainA/1.jpg", "trainB/1.jpg"), "trainA"),
+    "beside unlabelled images": (("train/ant/1.png", "unlabeled/all/2.png"), "train"),
+    "beside samples": (("sample/ant/1.png", "train/ant/1.png", "train/bee/2.png"), "train"),
     "below wrappers, as Kaggle's": (
         (
             *("ILSVRC/Data/CLS-LOC/train/n1/1.JPEG", "ILSVRC/Data/CLS-LOC/train/n2/2.JPEG"),
@@ -170,6 +188,10 @@ def test_a_folder_around_the_class_folders_is_refused(paths, meant, tmp_path):
         ("test1/1.png", "test2/2.png"),
         ("bullet_train/1.png", "test_tube/2.png"),
         ("train/steam/1.png", "car/red/2.png"),
+        ("bullet_train/fast/1.png", "car/red/2.png"),
+        ("train/1.png", "training_bench/2.png", "val_d_isere/3.png"),
+        ("train/1.png", "unlabeled/2.png"),
+        ("Train/steam/1.png", "Training bench/2.png", "ant/3.png"),
     ],
 )
 def test_classes_that_only_look_like_other_folders_are_taken(paths, tmp_path):
