@@ -5,6 +5,7 @@ Training, reference statistics and evaluation list their images here, so that al
 
 import collections
 import dataclasses
+import heapq
 import os
 import re
 from pathlib import Path
@@ -38,6 +39,8 @@ class ImageFolder:
     """Sorted names of the folders in the root."""
     left_out: collections.Counter[str]
     """Number of files that are no images, by the ending of their names."""
+    skipped_links: int
+    """Number of linked folders that their class lists already, or that hold the root."""
 
     @property
     def count(self) -> int:
@@ -71,7 +74,10 @@ class ImageFolder:
         text = f"{self.root}: {self.count} images"
         if "" not in self.images:
             text += f" of {len({path.split('/')[0] for path in self.images})} classes"
-        return text + self.describe_left_out()
+        text += self.describe_left_out()
+        if self.skipped_links:
+            text += f"; skipped {self.skipped_links} linked folders, listed already or above it"
+        return text
 
     def refuse_splits(self) -> None:
         """Refuse a folder that holds several splits of a data set, like train and val.
@@ -151,6 +157,9 @@ class ImageFolder:
 def list_images(root: str | Path) -> ImageFolder:
     """Find the images below a folder. Links are followed; hidden files and folders are skipped.
 
+    A class lists every folder only once, however many links lead to it. Folders that hold the root
+    are not listed again.
+
     Raises:
         UserError: there is no such folder, or a folder or link below it cannot be read.
     """
@@ -162,12 +171,22 @@ def list_images(root: str | Path) -> ImageFolder:
     images: dict[str, list[str]] = {}
     classes: list[str] = []
     left_out: collections.Counter[str] = collections.Counter()
-    # Folders to list: the path below the root, the real path, the real paths of those above.
-    pending: list[tuple[str, str, frozenset[str]]] = [("", os.path.realpath(root), frozenset())]
+    real_root = os.path.realpath(root)
+    above = {real_root, *map(str, Path(real_root).parents)}
+    # Class and real path of each folder. The class is the first part of the path below the root.
+    listed: set[tuple[str, str]] = set()
+    skipped_links = 0
+    # Folders to list: the number of links that lead there, the path below the root, the real path.
+    # The first in this order is listed first, so that the result is the same on every machine, and
+    # a folder has its own name rather than that of a link.
+    pending = [(0, "", real_root)]
     while pending:
-        path, real_path, ancestors = pending.pop()
-        if real_path in ancestors:
-            continue  # A link leads back up, to images that are listed there.
+        links, path, real_path = heapq.heappop(pending)
+        key = path.split("/")[0], real_path
+        if key in listed or (path and real_path in above):
+            skipped_links += 1
+            continue
+        listed.add(key)
         try:
             with os.scandir(root / path) as scan:
                 entries = [entry for entry in scan if not _is_hidden(entry.name)]
@@ -181,16 +200,16 @@ def list_images(root: str | Path) -> ImageFolder:
             if is_link and not os.path.exists(entry.path):
                 raise UserError(f"{entry.path} is a link that leads nowhere; repair or remove it")
             if entry.is_dir():
-                inner = os.path.join(real_path, entry.name)
+                below, inner = os.path.join(path, entry.name), os.path.join(real_path, entry.name)
                 inner = os.path.realpath(inner) if is_link else inner
-                pending.append((os.path.join(path, entry.name), inner, ancestors | {real_path}))
+                heapq.heappush(pending, (links + is_link, below, inner))
             elif entry.name.lower().endswith(IMAGE_ENDINGS) and entry.is_file():
                 names.append(entry.name)
             else:
                 left_out[os.path.splitext(entry.name)[1].lower() or "without an ending"] += 1
         if names:
             images[path] = sorted(names)
-    return ImageFolder(root, images, sorted(classes), left_out)
+    return ImageFolder(root, images, sorted(classes), left_out, skipped_links)
 
 
 def _is_hidden(name: str) -> bool:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
 
@@ -50,11 +51,33 @@ def test_links_are_followed_and_end(tmp_path):
     (tmp_path / "shared" / "dogs" / "up").symlink_to("../..")
     (root / "dog").symlink_to(tmp_path / "shared" / "dogs")
     paths, labels = list_images(root).labelled_paths()
-    # dog/up is the folder that holds root: its other folders are listed, and root not again.
-    others = ["dog/6.png", "dog/up/elsewhere/4.png", "dog/up/elsewhere/bees/3.png"]
-    assert paths == ["ant/1.png", "ant/more/2.png", "bee/3.png", "cat/5.png", *others]
-    assert labels.tolist() == [0, 0, 1, 2, 3, 3, 3]
+    assert paths == ["ant/1.png", "ant/more/2.png", "bee/3.png", "cat/5.png", "dog/6.png"]
+    assert labels.tolist() == [0, 0, 1, 2, 3]
     assert list_images(root).paths() == paths
+    # dog/up is the folder that holds the root.
+    assert list_images(root).describe() == (
+        f"{root}: 5 images of 4 classes; skipped 4 linked folders, listed already or above it"
+    )
+
+
+def test_a_class_lists_a_folder_once_however_many_links_lead_to_it(tmp_path):
+    root = make(tmp_path / "data" / "ds", *(f"{name}/{name}.png" for name in "abcde"))
+    for name in "abcde":  # Without a limit there would be 5! ways through these links.
+        for other in "abcde":
+            (root / name / other).symlink_to(root / other)
+    make(tmp_path / "data", "other/1.png", "elsewhere/deep/2.png")
+    (root / "a" / "up").symlink_to("../..")
+    (root / "a" / "1").symlink_to(tmp_path / "data" / "elsewhere" / "deep")
+    (root / "a" / "2").symlink_to(tmp_path / "data" / "elsewhere")
+    folder = list_images(root)
+    paths, labels = folder.labelled_paths()
+    assert np.bincount(labels).tolist() == [6] * 5
+    # a/a is listed as a, and a/2/deep as a/1.
+    assert [path for path in paths if path.startswith("a/")] == [
+        *("a/a.png", "a/1/2.png"),
+        *(f"a/{name}/{name}.png" for name in "bcde"),
+    ]
+    assert "; skipped" in folder.describe()
 
 
 @pytest.mark.parametrize("name", ["class", "1.png"])
