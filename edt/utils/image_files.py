@@ -49,16 +49,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     conversion of grey values would clip everything above 255 to white.)
 
     Raises:
-        UserError: the pixels are 32-bit numbers, whose range no file tells.
+        UserError: the pixels are signed or 32-bit numbers, whose range no file tells.
     """
-    # Mode I holds 32-bit integers. Pillow also uses it for .pgm files of more than 8 bits, scaled
-    # to 16; its older versions use it for .png files of 16 bits.
+    # Mode I holds 32-bit integers, and signed ones of 16 bits. Pillow also uses it for .pgm files
+    # of more than 8 bits, scaled to 16; its older versions use it for .png files of 16 bits.
     known_range = image.mode == "I" and image.format in ("PNG", "PPM")
     if image.mode.startswith("I;16") or known_range:
         image = _grey_of_8_bits(image)
     elif image.mode in ("I", "F"):
         raise UserError(
-            f"mode {image.mode}: the range of its 32-bit pixels is unknown, save 8 or 16 bits"
+            f"mode {image.mode}: the range of its pixels is unknown, save unsigned 8 or 16 bits"
         )
     return image.convert("RGB")
 

@@ -140,3 +140,11 @@ def test_pixels_without_a_known_range_are_refused(dtype, tmp_path):
         read_image(tmp_path / "depth.tif")
     with pytest.raises(UserError, match="the range"):
         center_crop(Image.fromarray(GREY.astype(dtype)), 8)
+
+
+def test_signed_pixels_of_16_bits_are_not_called_others(tmp_path):
+    image = Image.fromarray(GREY_16)
+    image.save(tmp_path / "depth.tif", tiffinfo={339: 2})  # SampleFormat: signed
+    with pytest.raises(UserError, match=r"\(mode I: the range .*, save unsigned 8 or 16 bits") as e:
+        read_image(tmp_path / "depth.tif")
+    assert "32" not in str(e.value)
