@@ -11,7 +11,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
-from edt.utils.image_files import read_image, to_rgb
+from edt.utils.errors import UserError
+from edt.utils.image_files import open_image, to_rgb
 from edt.utils.image_folder import list_images
 
 
@@ -21,6 +22,9 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     Args:
         image: any PIL image; it is converted by :func:`to_rgb`.
         size: side of the result in pixels.
+
+    Raises:
+        UserError: the pixels have no known range, or one side is thousands of times the other.
     """
     image = to_rgb(image)
     # Halve with a box filter while the shorter side is at least twice the target. The bicubic step
@@ -28,9 +32,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
+    width, height = round(image.width * scale), round(image.height * scale)
+    # Pillow opens no larger images. A thin line of pixels would be enlarged to tens of gigabytes.
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > 2 * Image.MAX_IMAGE_PIXELS:
+        raise UserError(
+            f"its sides differ too much: it would be scaled to {width} x {height} pixels before "
+            f"the crop, and the limit is {2 * Image.MAX_IMAGE_PIXELS} pixels"
+        )
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -63,8 +72,9 @@ class CroppedImages(Dataset[tuple[int, torch.Tensor]]):
             "replace it with a valid image and rerun, "
             "or remove it and extract into a new --features-path"
         )
-        image = read_image(self.file(index), remedy)
-        return index, to_tensor(center_crop(image, self.image_size)) * 2 - 1
+        with open_image(self.file(index), remedy) as image:
+            cropped = center_crop(image, self.image_size)
+        return index, to_tensor(cropped) * 2 - 1
 
     def file(self, index: int) -> Path:
         """The file of an image."""

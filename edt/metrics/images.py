@@ -22,7 +22,7 @@ from PIL import Image
 from edt.metrics.image_arrays import check_array, check_values
 from edt.utils.errors import UserError
 from edt.utils.files import file_sha256
-from edt.utils.image_files import open_image, read_image
+from edt.utils.image_files import open_image, to_rgb
 from edt.utils.image_folder import list_images
 
 Crop = Callable[[Image.Image], Image.Image]
@@ -179,8 +179,9 @@ class FolderImages(ImageSet):
         return digest.hexdigest()
 
     def _decode(self, file: Path) -> np.ndarray:
-        image = read_image(file)
-        return np.asarray(self._crop(image) if self._crop else image)
+        with open_image(file) as image:
+            rgb = to_rgb(image)
+            return np.asarray(self._crop(rgb) if self._crop else rgb)
 
     def _check_sizes(self) -> None:
         """Check the image size in every file's header, before hours of work begin."""

@@ -350,6 +350,21 @@ def test_grey_images_of_16_bits_have_the_features_of_8_bits(tmp_path):
     assert torch.equal(read_all(tmp_path / "features16")[1], expected)
 
 
+def test_an_image_as_thin_as_a_line_is_named(image_folder, tmp_path, capsys, monkeypatch):
+    """Scaling its shorter side to the image size would take tens of gigabytes."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    file = folder / "bee" / "7.png"
+    Image.new("RGB", (1, 39)).save(file)
+    extract(folder, tmp_path / "out")
+    Image.new("RGB", (1, 40)).save(file)
+    message = fails(extract_features.main, arguments(folder, tmp_path / "other"), capsys)
+    assert f"cannot read the image {file} (its sides differ too much: it would be scaled to " in (
+        message
+    )
+    assert "16 x 640 pixels before the crop" in message
+
+
 def test_names_that_are_no_text_have_features(image_folder, tmp_path, capsys):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/donn\xe9es"))
     shutil.copytree(image_folder, folder / "images")
