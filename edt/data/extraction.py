@@ -184,8 +184,9 @@ class Extraction:
     def drop_damaged(self) -> list[Path]:
         """Remove this process's damaged files of a finished extraction.
 
-        A file is damaged if it differs from the manifest, or holds NaN or infinite values, which
-        version 0.1 wrote with a broken VAE.
+        A shard is damaged if it differs from the manifest, or holds NaN or infinite values, which
+        version 0.1 wrote with a broken VAE. Labels are damaged if they are not those of the images;
+        the first process looks after them.
 
         If any file differs, the manifest is removed too. :meth:`run` then writes the files and the
         manifest again. Files of the npy layout are not compared: their manifest has no hashes.
@@ -211,11 +212,23 @@ class Extraction:
             for file, sha256 in files
             if not file.exists() or file_sha256(file) != sha256 or not _is_finite(file)
         ]
+        # Features of other images are refused later, and must stay as they are.
+        is_ours = bool(records) and manifest.get("images_sha256") == self.settings["images_sha256"]
+        if is_ours and self.my_shards.start == 0 and not self._has_labels():
+            damaged.append(self.path / LABELS_FILE)
         for file in damaged:
             file.unlink(missing_ok=True)
-        if damaged or (records and not (self.path / LABELS_FILE).exists()):
+        if damaged:
             manifest_file.unlink(missing_ok=True)
         return damaged
+
+    def _has_labels(self) -> bool:
+        """Whether the file of labels holds those of the images."""
+        try:
+            labels = map_array(self.path / LABELS_FILE, self.images.labels.shape, "int64")
+        except UserError:
+            return False
+        return np.array_equal(labels, self.images.labels)
 
     def _write_or_check_sizes(self, file: Path) -> None:
         """Record the sizes of the images' files; refuse an image that changed after extraction.

@@ -252,6 +252,30 @@ def test_running_again_repairs_what_is_damaged_and_nothing_else(image_folder, tm
     assert (tmp_path / "shard-00000.npy").stat().st_mtime_ns == kept
 
 
+@pytest.mark.parametrize("damage", ["swapped", "cut short", "of another type"])
+def test_running_again_repairs_labels(damage, image_folder, tmp_path, capsys):
+    extract(image_folder, tmp_path)
+    before = data_files(tmp_path)
+    file = tmp_path / "labels.npy"
+    labels = np.load(file)
+    np.save(file, labels.astype("int32") if damage == "of another type" else labels[::-1])
+    if damage == "cut short":
+        file.write_bytes(before["labels.npy"][:-8])
+    extract(image_folder, tmp_path)
+    assert data_files(tmp_path) == before
+    assert f"{file} is missing or damaged" in capsys.readouterr().out
+
+
+def test_labels_of_other_images_are_not_touched(image_folder, tmp_path, capsys):
+    other = shutil.copytree(image_folder, tmp_path / "images")
+    (other / "ant").rename(other / "dog")
+    extract(image_folder, tmp_path / "out")
+    before = data_files(tmp_path / "out")
+    message = fails(extract_features.main, arguments(other, tmp_path / "out"), capsys)
+    assert "was made with different settings" in message
+    assert data_files(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize("more", [("--no-flip",), ("--global-seed", 3), ("--draw", "fresh")])
 def test_features_of_different_settings_are_refused(more, features, image_folder, capsys):
     with pytest.raises(SystemExit) as error:
