@@ -15,7 +15,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Print a :class:`UserError`, or a full disk, as one line and exit with code 2.
+    """Print an error that the user can correct as one line, and exit with code 2.
+
+    These are a :class:`UserError`, a full disk, and a folder in place of a file.
 
     Ctrl-C prints one line, too. Its exit code is 130, as in shells.
 
@@ -33,6 +35,9 @@ def exit_on_user_error() -> Iterator[None]:
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGINT) from None
+    except IsADirectoryError as error:
+        # The second name is that of a file to replace.
+        message = f"{error.filename2 or error.filename} is a folder, not a file; move it away"
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

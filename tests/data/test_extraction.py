@@ -276,6 +276,17 @@ def test_labels_of_other_images_are_not_touched(image_folder, tmp_path, capsys):
     assert data_files(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("name", ["shard-00000.npy", "labels.npy"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_in_place_of_a_file_is_named(name, finished, image_folder, tmp_path, capsys):
+    if finished:
+        extract(image_folder, tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    message = fails(extract_features.main, arguments(image_folder, tmp_path), capsys)
+    assert str(tmp_path / name) in message
+
+
 @pytest.mark.parametrize("more", [("--no-flip",), ("--global-seed", 3), ("--draw", "fresh")])
 def test_features_of_different_settings_are_refused(more, features, image_folder, capsys):
     with pytest.raises(SystemExit) as error:
