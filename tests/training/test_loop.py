@@ -102,7 +102,7 @@ def test_a_read_error_saves_the_steps_before(
 def test_a_killed_reader_saves_the_steps_before(tmp_path):
     """It takes along the batches that it has read and not handed over: up to two steps."""
     trainer = tiny_trainer()
-    with pytest.raises(RuntimeError, match="worker .* exited unexpectedly"):
+    with pytest.raises(UserError, match="a process that reads features in features was killed"):
         loop(trainer, tmp_path / "run", FaultyFeatures(2, worker_is_killed), num_workers=1)
     assert_saved(tmp_path / "run", state_tensors(trainer), trainer.step)
 
