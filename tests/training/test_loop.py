@@ -107,6 +107,35 @@ def test_a_killed_reader_saves_the_steps_before(tmp_path):
     assert_saved(tmp_path / "run", state_tensors(trainer), trainer.step)
 
 
+class PoisonedFeatures(FaultyFeatures):
+    """Noise for ``good`` batches, and NaN afterwards."""
+
+    def __init__(self, good: int) -> None:
+        super().__init__(good, lambda: None)
+
+    def _read(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
+        images = super()._read(indices, flips)
+        return images if self.left >= 0 else np.full_like(images, np.nan)
+
+    def locate(self, index: int) -> str:
+        return f"row {index}"
+
+
+def test_too_many_skipped_steps_save_the_good_ones_before(after_two_steps, tmp_path):
+    run = tmp_path / "run"
+    message = r"3 steps in a row were not finite; the last good checkpoint is .*/0000005\."
+    with pytest.raises(UserError, match=message):
+        loop(tiny_trainer(), run, PoisonedFeatures(2), max_skipped_steps=3)
+    assert_saved(run, after_two_steps, 5)
+    # A run that is started again, and only skips, saves no more: it would prune good checkpoints.
+    trainer = tiny_trainer()
+    trainer.load_state(read_checkpoint(run / "checkpoints" / "0000005"))
+    with pytest.raises(UserError, match=message):
+        loop(trainer, run, PoisonedFeatures(0), max_skipped_steps=3)
+    assert trainer.step == 8
+    assert_saved(run, after_two_steps, 5)
+
+
 def test_an_unexpected_error_after_a_step_saves_it(after_two_steps, tmp_path, monkeypatch):
     def log(values: dict, step: int) -> None:
         if step == 2:
