@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import signal
+import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +33,8 @@ from edt.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 EXIT_CODE_SIGINT = 130  # 128 + SIGINT. SIGTERM is a scheduler's normal request to stop: exit code 0
+# The terminal and a launcher such as torchrun both pass one Ctrl-C on: SIGINT comes twice.
+SAME_KEY_PRESS = 2.0  # seconds
 
 
 def training_loop(
@@ -158,13 +161,14 @@ def _raise_first(errors: list[Exception], group: dist.ProcessGroup | None) -> No
 
 
 class StopSignal:
-    """Records a signal of STOP_SIGNALS instead of ending the process; a SIGINT after it ends it.
+    """Records a signal of STOP_SIGNALS instead of ending the process; a second Ctrl-C ends it.
 
     Attributes:
-        number: the signal that came, or None.
+        number: the first signal that came, or None.
     """
 
     number: int | None = None
+    _first_sigint: float | None = None  # seconds, of time.monotonic
 
     def __enter__(self) -> "StopSignal":
         numbers = set(STOP_SIGNALS)
@@ -174,9 +178,19 @@ class StopSignal:
         return self
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        # The next Ctrl-C ends a process that hangs and never reaches the end of its step.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.number = self.number or number
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._first_sigint is None:
+            self._first_sigint = now
+            logger.warning(
+                "stopping after this step; Ctrl-C again ends at once and loses the steps since the "
+                "last checkpoint"
+            )
+        elif now - self._first_sigint >= SAME_KEY_PRESS:
+            # A process that hangs never reaches the end of its step.
+            signal.default_int_handler(number, frame)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
