@@ -330,14 +330,15 @@ def main(argv: list[str] | None = None) -> int:
         check_all_see(checkpoint, folder)
         if checkpoint is not None:
             trainer.load_state(run_dir.load(checkpoint, config, args.allow_config_change))
-            if is_main:
-                run_dir.continue_from(checkpoint)
         args.max_steps = last_step(args, trainer, epoch_steps)
         if checkpoint is not None:
             log_resumed(checkpoint, trainer, args.max_steps)
         elif is_main:
             log_start(args, run_dir, config, report)
-        if is_main:
+        # Nothing is set aside or dropped if there is nothing to do.
+        if is_main and trainer.step < args.max_steps:
+            if checkpoint is not None:
+                run_dir.continue_from(checkpoint)
             drop_rows_after(run_dir.metrics, trainer.step)
         if args.tracker:
             start_tracker(accelerator, args.tracker, folder, vars(args), trainer.step)
