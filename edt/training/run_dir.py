@@ -32,6 +32,7 @@ from edt.checkpoints.folder import (
     sweep_checkpoints,
     verify_checkpoint,
 )
+from edt.checkpoints.loading import check_finite
 from edt.nn.config import ModelConfig
 from edt.registry import read_config
 from edt.training.config import TrainConfig
@@ -304,7 +305,8 @@ class RunDirectory:
             allow_changes: continue where features or configuration differ from the checkpoint's.
 
         Raises:
-            UserError: they differ, and the message names the fields; or it is another model.
+            UserError: they differ, and the message names the fields; or it is another model; or
+                tensors hold NaN or infinity.
         """
         other_model, differing = self.compare(checkpoint, config)
         if other_model:
@@ -320,7 +322,10 @@ class RunDirectory:
         if differing:
             logger.warning("continuing with different settings: %s", differing)
         saved_features = read_json(checkpoint / "config.json").get("features", {})
-        return _with_counts(read_checkpoint(checkpoint), {**self.features, **saved_features})
+        state = read_checkpoint(checkpoint)
+        for name, tensors in state.tensors.items():
+            check_finite(tensors, checkpoint / f"{name}.safetensors")
+        return _with_counts(state, {**self.features, **saved_features})
 
     def compare(self, checkpoint: Path, config: TrainConfig) -> tuple[str, str]:
         """What differs in a checkpoint: of the model, and of the other settings. "" if nothing."""

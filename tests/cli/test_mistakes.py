@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE, TRAIN, fails
+from conftest import SAMPLE, TRAIN, fails, update_manifest
 from safetensors.torch import load_file, save_file
 
 import evaluator
@@ -442,3 +442,18 @@ def test_weights_of_which_nothing_fits_are_refused(features, run_folder, tmp_pat
     assert train_mask_adan.main(argv) == 0
     warning = f"fewer than half of the parameters come from {tmp_path / 'few.safetensors'}"
     assert warning in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_checkpoint_with_nan_is_not_continued(run_folder, features, tmp_path, capsys):
+    for name in ("model", "optimizer"):
+        argv = continued(run_folder, features, tmp_path / name)
+        (checkpoint,) = list_checkpoints(tmp_path / name / "checkpoints")
+        file = checkpoint / f"{name}.safetensors"
+        tensors = load_file(file)
+        first = next(iter(tensors))
+        tensors[first] = torch.full_like(tensors[first], torch.nan)
+        save_file(tensors, file)
+        update_manifest(checkpoint)
+        message = fails(train_mask_adan.main, argv, capsys)
+        assert f"{file}: 1 of {len(tensors)} tensors hold NaN or infinity, {first}" in message
+        assert len(list_checkpoints(checkpoint.parent)) == 1
