@@ -111,7 +111,7 @@ def read_weights(path: str | Path, weights: WeightsKind = "ema") -> Weights:
     check_choice("weights", weights, WeightsKind)
     file, sha256 = _find_weights_file(Path(path), weights)
     tensors, kind = _read_file(file, weights)
-    _check_finite(tensors, file)
+    check_finite(tensors, file)
     if weights == "model" and kind == "ema":
         logger.warning("%s holds EMA weights; --weights model is ignored", file)
     document = {}
@@ -235,7 +235,7 @@ def _sha256_with_warning(file: Path) -> str:
     return sha256
 
 
-def _check_finite(tensors: dict[str, torch.Tensor], file: Path) -> None:
+def check_finite(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Raise a UserError if weights are NaN or infinite. Every image would be, too."""
     broken = [name for name, value in tensors.items() if not value.isfinite().all()]
     if broken:

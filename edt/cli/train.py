@@ -50,6 +50,7 @@ from edt.training.run_dir import (
 from edt.training.trainer import Trainer
 from edt.utils.choices import choices
 from edt.utils.distributed import ignored_launcher_settings
+from edt.utils.errors import UserError
 
 RESUME_RUN = "RUN-DIR"  # --resume without a path
 
@@ -227,8 +228,17 @@ def create_trainer(
 
 
 def start_from(path: str, trainer: Trainer) -> InitReport:
-    """Copy what fits of the weights of another model into a fresh trainer's, and into its EMA."""
+    """Copy what fits of the weights of another model into a fresh trainer's, and into its EMA.
+
+    Raises:
+        UserError: nothing fits; or the weights cannot be read.
+    """
     report = init_from(trainer.model, read_weights(path).tensors)
+    if not report.kept and not report.resized:
+        raise UserError(
+            f"none of the tensors in {path} fits a parameter of the model; "
+            "give the weights of a similar model to --init-from"
+        )
     trainer.ema.load_state_dict(trainer.model.state_dict())
     return report
 
@@ -275,6 +285,11 @@ def log_start(
     for outcome, names in ({} if report is None else report._asdict()).items():
         listed = ", ".join(names) or "none"
         logging.info("from %s: %d parameters %s: %s", args.init_from, len(names), outcome, listed)
+    if report is not None and len(report.new) > len(report.kept) + len(report.resized):
+        logging.warning(
+            "fewer than half of the parameters come from %s; is it of a similar model?",
+            args.init_from,
+        )
 
 
 @exit_on_user_error()
@@ -315,14 +330,15 @@ def main(argv: list[str] | None = None) -> int:
         check_all_see(checkpoint, folder)
         if checkpoint is not None:
             trainer.load_state(run_dir.load(checkpoint, config, args.allow_config_change))
-            if is_main:
-                run_dir.continue_from(checkpoint)
         args.max_steps = last_step(args, trainer, epoch_steps)
         if checkpoint is not None:
             log_resumed(checkpoint, trainer, args.max_steps)
         elif is_main:
             log_start(args, run_dir, config, report)
-        if is_main:
+        # Nothing is set aside or dropped if there is nothing to do.
+        if is_main and trainer.step < args.max_steps:
+            if checkpoint is not None:
+                run_dir.continue_from(checkpoint)
             drop_rows_after(run_dir.metrics, trainer.step)
         if args.tracker:
             start_tracker(accelerator, args.tracker, folder, vars(args), trainer.step)

@@ -27,6 +27,10 @@ from edt.utils.randomness import generator
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask a run to save and end."""
 
+# How torch's messages begin if a worker was killed. The thread that pins memory dies where it waits
+# for the rest of a batch from that worker.
+WORKER_DEATHS = ("DataLoader worker (pid", "Pin memory thread exited unexpectedly")
+
 
 def steps_per_epoch(count: int, global_batch_size: int) -> int:
     """Number of full batches in ``count`` images. The images of an incomplete batch are dropped.
@@ -121,21 +125,33 @@ def read_batches(
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
     )
-    return read_loader(loader)
+    return read_loader(loader, f"features in {features.path}")
 
 
-def read_loader(loader: DataLoader) -> Generator[Any, None, None]:
+def read_loader(loader: DataLoader, what: str) -> Generator[Any, None, None]:
     """Iterate over a ``DataLoader``, whose workers end with the generator.
+
+    Args:
+        loader: the loader.
+        what: is read, e.g. "features in PATH", for messages.
 
     Raises:
         UserError: the dataset raised it, in this process or in a worker. The message is that of the
-            dataset, without a traceback.
+            dataset, without a traceback. Or a worker was killed.
     """
     iterator = _iterate(loader)
     try:
         yield from iterator
     except UserError as error:
         raise UserError(_original_message(error)) from None
+    except RuntimeError as error:
+        # An error that the dataset raised in a worker begins with "Caught" and keeps its traceback.
+        if not str(error).startswith(WORKER_DEATHS):
+            raise
+        raise UserError(
+            f"a process that reads {what} was killed (out of memory or shared memory, or by a "
+            "damaged or unreadable file there); check the files, or give fewer --num-workers"
+        ) from None
     finally:
         # The garbage collector may come too late: a process waits at its exit for its workers, and
         # these ignore the signals that would end them.

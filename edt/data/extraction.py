@@ -285,7 +285,8 @@ class Extraction:
         """The stored values of the images of these shards, (b, *shape), batch by batch."""
         indices = [index for shard in shards for index in self.shards[shard]]
         loader = DataLoader(Subset(self.images, indices), batch_size, num_workers=num_workers)
-        with contextlib.closing(read_loader(loader)) as batches:
+        what = f"images in {self.images.folder.root}"
+        with contextlib.closing(read_loader(loader, what)) as batches:
             for batch_indices, pixels in batches:
                 stored = self._stored_values(batch_indices, pixels, device)
                 self._check_finite(stored, batch_indices.tolist(), "give another --vae")

@@ -7,6 +7,8 @@ import torch
 
 from edt.nn.transformer import DiffusionTransformer
 
+BIAS_TABLE = "relative_position_bias_table"
+
 
 class InitReport(NamedTuple):
     """Names of parameters by what happened to them."""
@@ -30,12 +32,12 @@ def init_from(model: DiffusionTransformer, weights: dict[str, torch.Tensor]) -> 
     report = InitReport([], [], [])
     for name, parameter in model.named_parameters():
         source = weights.get(name)
-        if source is None or source.shape[1:] != parameter.shape[1:]:
+        if source is None or not source.numel() or source.shape[1:] != parameter.shape[1:]:
             report.new.append(name)
         elif source.shape == parameter.shape:
             parameter.copy_(source)
             report.kept.append(name)
-        elif name.endswith("relative_position_bias_table"):
+        elif name.endswith(BIAS_TABLE) and _other_rows(source) == _other_rows(parameter):
             parameter.copy_(_resize_bias_table(source, len(parameter)))
             report.resized.append(name)
         elif name == "y_embedder.embedding_table.weight":
@@ -44,6 +46,11 @@ def init_from(model: DiffusionTransformer, weights: dict[str, torch.Tensor]) -> 
         else:
             report.new.append(name)
     return report
+
+
+def _other_rows(table: torch.Tensor) -> int:
+    """How many rows of a table of position biases follow the square of offsets."""
+    return len(table) - math.isqrt(len(table)) ** 2
 
 
 def _resize_bias_table(table: torch.Tensor, length: int) -> torch.Tensor:

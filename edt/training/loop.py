@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import signal
+import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +33,8 @@ from edt.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 EXIT_CODE_SIGINT = 130  # 128 + SIGINT. SIGTERM is a scheduler's normal request to stop: exit code 0
+# The terminal and a launcher such as torchrun both pass one Ctrl-C on: SIGINT comes twice.
+SAME_KEY_PRESS = 2.0  # seconds
 
 
 def training_loop(
@@ -80,10 +83,11 @@ def training_loop(
                 bar.update()
                 meter.add(report)
             logging_now = trainer.step % config.log_every == 0
-            # Both calls wait for a GPU. Skipped steps have changed nothing there in the meantime.
+            # Both lines wait for a GPU. Skipped steps have changed nothing there in the meantime.
             if logging_now or device.type == "cpu":
                 _log_skipped_steps(meter, indices, features)
-                _check_skipped_steps(trainer, run_dir, config.max_skipped_steps)
+                if trainer.skipped_in_a_row >= config.max_skipped_steps:
+                    break
             with _collect(errors):
                 if logging_now:
                     _log(accelerator, run_dir, meter.read())
@@ -91,8 +95,7 @@ def training_loop(
                     _write_due(trainer, run_dir, config, vae)
         _log_skipped_steps(meter, indices, features)
         with _collect(errors):
-            if is_main and trainer.step not in (first_step, run_dir.saved_step):
-                logger.info("saved %s", run_dir.save(trainer.state()))
+            _finish(trainer, run_dir, first_step, config.max_skipped_steps)
         _raise_first(errors, group)
     return EXIT_CODE_SIGINT if stop.number == signal.SIGINT else 0
 
@@ -158,13 +161,14 @@ def _raise_first(errors: list[Exception], group: dist.ProcessGroup | None) -> No
 
 
 class StopSignal:
-    """Records a signal of STOP_SIGNALS instead of ending the process; a SIGINT after it ends it.
+    """Records a signal of STOP_SIGNALS instead of ending the process; a second Ctrl-C ends it.
 
     Attributes:
-        number: the signal that came, or None.
+        number: the first signal that came, or None.
     """
 
     number: int | None = None
+    _first_sigint: float | None = None  # seconds, of time.monotonic
 
     def __enter__(self) -> "StopSignal":
         numbers = set(STOP_SIGNALS)
@@ -174,9 +178,19 @@ class StopSignal:
         return self
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        # The next Ctrl-C ends a process that hangs and never reaches the end of its step.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.number = self.number or number
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._first_sigint is None:
+            self._first_sigint = now
+            logger.warning(
+                "stopping after this step; Ctrl-C again ends at once and loses the steps since the "
+                "last checkpoint"
+            )
+        elif now - self._first_sigint >= SAME_KEY_PRESS:
+            # A process that hangs never reaches the end of its step.
+            signal.default_int_handler(number, frame)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
@@ -241,15 +255,28 @@ def _log_skipped_steps(meter: Meter, indices: BatchIndices, features: Features) 
         )
 
 
-def _check_skipped_steps(trainer: Trainer, run_dir: RunDirectory, limit: int) -> None:
-    """Raise a UserError if too many steps in a row were skipped."""
-    if trainer.skipped_in_a_row >= limit:
+def _finish(trainer: Trainer, run_dir: RunDirectory, first_step: int, max_skipped: int) -> None:
+    """Save the last state, and raise a UserError if too many steps in a row were skipped.
+
+    This is the task of the first process; the others learn of the error in :func:`_raise_first`.
+    """
+    if not trainer.accelerator.is_main_process:
+        return
+    in_a_row = int(trainer.skipped_in_a_row)
+    stuck = in_a_row >= max_skipped
+    # The skipped steps changed no weights. So a run without a good step since its last checkpoint
+    # saves nothing. Started again and again, it would otherwise prune the older checkpoints, and a
+    # user goes back to these if the weights themselves are the cause.
+    last_good_step = trainer.step - in_a_row if stuck else trainer.step
+    if last_good_step > max(first_step, run_dir.saved_step or 0):
+        logger.info("saved %s", run_dir.save(trainer.state()))
+    if stuck:
         checkpoint = newest_checkpoint(run_dir.checkpoints)
         last = "no checkpoint was saved before"
         if checkpoint is not None:
             last = f"the last good checkpoint is {checkpoint}"
         raise UserError(
-            f"{int(trainer.skipped_in_a_row)} steps in a row were not finite; {last}. "
+            f"{in_a_row} steps in a row were not finite; {last}. "
             "Check the images that the log names, or train with a smaller --init-lr"
         )
 

@@ -32,6 +32,7 @@ from edt.checkpoints.folder import (
     sweep_checkpoints,
     verify_checkpoint,
 )
+from edt.checkpoints.loading import check_finite
 from edt.nn.config import ModelConfig
 from edt.registry import read_config
 from edt.training.config import TrainConfig
@@ -244,24 +245,32 @@ class RunDirectory:
         """Make a checkpoint the newest: set aside what the run wrote after its step.
 
         There is something if the user goes back, or if the newest checkpoints are damaged. Left in
-        place, they would count as newer than everything that this run saves.
+        place, they would count as newer than everything that this run saves. If the checkpoint is
+        of another folder, all that this folder holds is of another run, and is set aside.
         """
         self.resumed_step = step = int(read_json(checkpoint / "state.json")["step"])
-        later = [path for path in list_checkpoints(self.checkpoints) if int(path.name) > step]
-        if not later:
+        # The run's own checkpoint may be a link to another disk, or be given by a link.
+        parents = checkpoint.resolve().parent, checkpoint.parent.resolve()
+        is_own = self.checkpoints.resolve() in parents
+        last_kept = step if is_own else -1
+        later = [path for path in list_checkpoints(self.checkpoints) if int(path.name) > last_kept]
+        if not later and (is_own or not self.metrics.exists()):
             return
         numbers = itertools.count(1)
         paths = (self.folder / f"set-aside-{number}" for number in numbers)
         target = next(path for path in paths if not path.exists())
         pictures = self.folder.glob("samples/*.png")
-        later += [path for path in pictures if path.stem.isdigit() and int(path.stem) > step]
+        later += [path for path in pictures if path.stem.isdigit() and int(path.stem) > last_kept]
         for path in later:
             path.rename(make_folder(target / path.parent.name) / path.name)
         if self.metrics.exists():
-            shutil.copy(self.metrics, target)
+            shutil.copy(self.metrics, make_folder(target))
+            if not is_own:
+                self.metrics.unlink()
+        what = "everything after it" if is_own else f"the earlier run in {self.folder}"
         logger.warning(
-            "going back to step %d: everything after it is now in %s. --run-dir %s continues that",
-            *(step, target, target),
+            "going back to step %d of %s: %s is now in %s. --run-dir %s continues that",
+            *(step, checkpoint, what, target, target),
         )
 
     def save(self, state: TrainingState) -> Path:
@@ -296,7 +305,8 @@ class RunDirectory:
             allow_changes: continue where features or configuration differ from the checkpoint's.
 
         Raises:
-            UserError: they differ, and the message names the fields; or it is another model.
+            UserError: they differ, and the message names the fields; or it is another model; or
+                tensors hold NaN or infinity.
         """
         other_model, differing = self.compare(checkpoint, config)
         if other_model:
@@ -312,7 +322,10 @@ class RunDirectory:
         if differing:
             logger.warning("continuing with different settings: %s", differing)
         saved_features = read_json(checkpoint / "config.json").get("features", {})
-        return _with_counts(read_checkpoint(checkpoint), {**self.features, **saved_features})
+        state = read_checkpoint(checkpoint)
+        for name, tensors in state.tensors.items():
+            check_finite(tensors, checkpoint / f"{name}.safetensors")
+        return _with_counts(state, {**self.features, **saved_features})
 
     def compare(self, checkpoint: Path, config: TrainConfig) -> tuple[str, str]:
         """What differs in a checkpoint: of the model, and of the other settings. "" if nothing."""

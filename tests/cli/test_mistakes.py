@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE, TRAIN, fails
+from conftest import SAMPLE, TRAIN, fails, update_manifest
+from safetensors.torch import load_file, save_file
 
 import evaluator
 import extract_features
@@ -424,3 +425,35 @@ def test_files_of_another_format_are_named(run_folder, image_folder, tmp_path, c
     message = fails(evaluator.main, argv, capsys)
     assert "float64" in message
     assert "savez" not in message
+
+
+def test_weights_of_which_nothing_fits_are_refused(features, run_folder, tmp_path, capsys):
+    checkpoint = run_folder / "checkpoints" / "0000002"
+    argv = [*TRAIN, "--feature-path", features, "--run-dir", tmp_path / "run", "--max-steps", 1]
+    file = checkpoint / "optimizer.safetensors"
+    message = fails(train_mask_adan.main, [*argv, "--init-from", file], capsys)
+    assert f"none of the tensors in {file} fits" in message
+    assert not (tmp_path / "run").exists()
+    weights = load_file(checkpoint / "ema.safetensors")
+    few = {name: weights[name] for name in sorted(weights)[:3]}
+    save_file(few, tmp_path / "few.safetensors")
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    argv = [str(part) for part in (*argv, "--init-from", tmp_path / "few.safetensors")]
+    assert train_mask_adan.main(argv) == 0
+    warning = f"fewer than half of the parameters come from {tmp_path / 'few.safetensors'}"
+    assert warning in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_checkpoint_with_nan_is_not_continued(run_folder, features, tmp_path, capsys):
+    for name in ("model", "optimizer"):
+        argv = continued(run_folder, features, tmp_path / name)
+        (checkpoint,) = list_checkpoints(tmp_path / name / "checkpoints")
+        file = checkpoint / f"{name}.safetensors"
+        tensors = load_file(file)
+        first = next(iter(tensors))
+        tensors[first] = torch.full_like(tensors[first], torch.nan)
+        save_file(tensors, file)
+        update_manifest(checkpoint)
+        message = fails(train_mask_adan.main, argv, capsys)
+        assert f"{file}: 1 of {len(tensors)} tensors hold NaN or infinity, {first}" in message
+        assert len(list_checkpoints(checkpoint.parent)) == 1

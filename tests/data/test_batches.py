@@ -106,6 +106,21 @@ def test_a_damaged_file_is_named_in_one_line(num_workers, image_folder, tmp_path
     assert multiprocessing.active_children() == []
 
 
+def test_a_killed_reader_is_reported_in_one_line(image_folder, tmp_path):
+    """A reader dies of a shard that is cut short after it was opened."""
+    extract(image_folder, tmp_path, "--layout", "packed")
+    features = open_features(tmp_path)
+    os.truncate(tmp_path / "shard-00000.npy", 0)
+    indices = BatchIndices(len(features), 0, 40, slice(0, 40))
+    with contextlib.closing(read_batches(features, indices, 1, False)) as batches:
+        with pytest.raises(UserError) as error:
+            next(batches)
+    expected = f"a process that reads features in {tmp_path} was killed (out of memory or shared"
+    assert str(error.value).startswith(expected)
+    assert "\n" not in str(error.value)
+    assert multiprocessing.active_children() == []
+
+
 class Failing(Dataset):
     """Raises the same error for every index."""
 
@@ -123,5 +138,5 @@ class Failing(Dataset):
 def test_other_errors_keep_their_traceback(num_workers):
     loader = DataLoader(Failing(RuntimeError("a bug")), num_workers=num_workers)
     with pytest.raises(RuntimeError, match="a bug") as error:
-        list(read_loader(loader))
+        list(read_loader(loader, "numbers"))
     assert ("Traceback" in str(error.value)) == (num_workers > 0)

@@ -28,3 +28,15 @@ def test_mdtv2_is_started_from_one_of_another_grid_and_other_classes():
     labels = [network.y_embedder.embedding_table.weight for network in (source, model)]
     assert torch.equal(labels[0][-1], labels[1][-1])
     assert torch.equal(source.mask_token, model.mask_token)
+
+
+def test_a_table_of_another_form_is_new():
+    """Three rows follow the square of offsets in MDTv2's tables."""
+    model = mdtv2(input_size=8)
+    bias = "sideblocks.0.attn.rel_pos_bias.relative_position_bias_table"
+    label = "y_embedder.embedding_table.weight"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, rows in ((bias, 50), (bias, 0), (label, 0)):
+        table = torch.zeros(rows, before[name].shape[1])
+        assert init_from(model, {**before, name: table}).new == [name]
+        assert torch.equal(model.state_dict()[name], before[name])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_training import NUM_CLASSES, state_tensors, tiny_trainer
 
+import edt.training.loop as training_loop_module
 from edt.checkpoints.folder import list_checkpoints, read_checkpoint
 from edt.data.features import Features
 from edt.training.config import LoopConfig
@@ -102,9 +103,38 @@ def test_a_read_error_saves_the_steps_before(
 def test_a_killed_reader_saves_the_steps_before(tmp_path):
     """It takes along the batches that it has read and not handed over: up to two steps."""
     trainer = tiny_trainer()
-    with pytest.raises(RuntimeError, match="worker .* exited unexpectedly"):
+    with pytest.raises(UserError, match="a process that reads features in features was killed"):
         loop(trainer, tmp_path / "run", FaultyFeatures(2, worker_is_killed), num_workers=1)
     assert_saved(tmp_path / "run", state_tensors(trainer), trainer.step)
+
+
+class PoisonedFeatures(FaultyFeatures):
+    """Noise for ``good`` batches, and NaN afterwards."""
+
+    def __init__(self, good: int) -> None:
+        super().__init__(good, lambda: None)
+
+    def _read(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
+        images = super()._read(indices, flips)
+        return images if self.left >= 0 else np.full_like(images, np.nan)
+
+    def locate(self, index: int) -> str:
+        return f"row {index}"
+
+
+def test_too_many_skipped_steps_save_the_good_ones_before(after_two_steps, tmp_path):
+    run = tmp_path / "run"
+    message = r"3 steps in a row were not finite; the last good checkpoint is .*/0000005\."
+    with pytest.raises(UserError, match=message):
+        loop(tiny_trainer(), run, PoisonedFeatures(2), max_skipped_steps=3)
+    assert_saved(run, after_two_steps, 5)
+    # A run that is started again, and only skips, saves no more: it would prune good checkpoints.
+    trainer = tiny_trainer()
+    trainer.load_state(read_checkpoint(run / "checkpoints" / "0000005"))
+    with pytest.raises(UserError, match=message):
+        loop(trainer, run, PoisonedFeatures(0), max_skipped_steps=3)
+    assert trainer.step == 8
+    assert_saved(run, after_two_steps, 5)
 
 
 def test_an_unexpected_error_after_a_step_saves_it(after_two_steps, tmp_path, monkeypatch):
@@ -154,27 +184,49 @@ def test_a_checkpoint_that_cannot_be_saved_does_not_hide_the_error(tmp_path, cap
     assert "after that error: cannot write the checkpoint" in caplog.text
 
 
-def receive(number: int, ignored: bool) -> None:
-    """Exit with 1 if the signal was recorded, with 0 if it was ignored."""
+RECORDED, IGNORED, INTERRUPTED = 1, 0, 2
+
+
+def receive(numbers: list[int], ignored: bool, same_key_press: float) -> None:
+    """Exit with what became of these signals."""
+    training_loop_module.SAME_KEY_PRESS = same_key_press
     if ignored:
-        signal.signal(number, signal.SIG_IGN)
-    with StopSignal() as stop:
-        os.kill(os.getpid(), number)
-    os._exit(stop.number == number)
+        signal.signal(numbers[0], signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED)
+    os._exit(RECORDED if stop.number == numbers[0] else IGNORED)
 
 
 @pytest.mark.parametrize(
-    ("number", "ignored", "code"),
+    ("numbers", "ignored", "same_key_press", "code"),
     [
-        (signal.SIGTERM, False, 1),
-        (signal.SIGINT, False, 1),
-        (signal.SIGUSR1, False, 1),
-        (signal.SIGHUP, False, 1),
-        (signal.SIGHUP, True, 0),  # started with nohup
+        ([signal.SIGTERM], False, 0, RECORDED),
+        ([signal.SIGINT], False, 0, RECORDED),
+        ([signal.SIGUSR1], False, 0, RECORDED),
+        ([signal.SIGHUP], False, 0, RECORDED),
+        ([signal.SIGHUP], True, 0, IGNORED),  # started with nohup
+        ([signal.SIGTERM, signal.SIGINT], False, 0, RECORDED),
+        ([signal.SIGINT, signal.SIGINT], False, 3600, RECORDED),  # one key press
+        ([signal.SIGINT, signal.SIGINT], False, 0, INTERRUPTED),
+        ([signal.SIGTERM, signal.SIGINT, signal.SIGINT], False, 0, INTERRUPTED),
     ],
 )
-def test_signals_that_stop_a_run(number, ignored, code):
-    process = multiprocessing.get_context("fork").Process(target=receive, args=(number, ignored))
+def test_signals_that_stop_a_run(numbers, ignored, same_key_press, code):
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=receive, args=(numbers, ignored, same_key_press))
     process.start()
     process.join()
     assert process.exitcode == code
+
+
+def test_the_first_ctrl_c_says_what_the_second_does(caplog):
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caplog.text == ""
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.number == signal.SIGTERM
+    assert caplog.text.count("Ctrl-C again ends at once and loses the steps since the last") == 1

@@ -258,6 +258,28 @@ def test_going_back_sets_the_later_checkpoints_aside(features, tmp_path):
     assert_same(aside, tmp_path / "whole")
 
 
+def test_going_back_with_nothing_to_do_moves_nothing(features, tmp_path):
+    run = tmp_path / "run"
+    train(features, run, 3, "--ckpt-every", 1)
+    assert train(features, run, 1, "--resume-step", 2) == 0
+    assert "0000002 is finished: it is at step 2" in (run / "log.txt").read_text()
+    assert steps(run) == [1, 2, 3]
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3]
+    assert not (run / "set-aside-1").exists()
+
+
+def test_the_checkpoint_of_another_run_sets_the_folders_own_aside(features, tmp_path):
+    run, aside = tmp_path / "run", tmp_path / "run" / "set-aside-1"
+    train(features, tmp_path / "other", 2)
+    train(features, run, 3, "--ckpt-every", 1)
+    train(features, run, 4, "--resume", newest(tmp_path / "other"))
+    assert steps(run) == [4]
+    assert [row["step"] for row in metrics(run)] == [3, 4]
+    assert steps(aside) == [1, 2, 3]
+    assert [row["step"] for row in metrics(aside)] == [1, 2, 3]
+    assert f"the earlier run in {run} is now in {aside}" in (run / "log.txt").read_text()
+
+
 def test_what_was_saved_or_resumed_from_outlives_a_later_damaged_checkpoint(features, tmp_path):
     run = tmp_path / "run"
     train(features, run, 1)
