@@ -11,11 +11,16 @@ from edt.utils.errors import UserError
 
 INTERRUPTED = "interrupted; finished files are complete, and the same command continues from them"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of a path that a user gave, or that a user moved or locked while the script ran.
+BAD_PATH = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
 
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Print a :class:`UserError`, or a full disk, as one line and exit with code 2.
+    """Print a :class:`UserError`, a full disk or a bad path, as one line and exit with code 2.
 
     Ctrl-C prints one line, too. Its exit code is 130, as in shells.
 
@@ -34,13 +39,13 @@ def exit_on_user_error() -> Iterator[None]:
         print(INTERRUPTED, file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGINT) from None
     except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        place = error.filename or "while writing"
-        message = (
-            f"{error.strerror} ({place}); free some disk space and run the command again. "
-            "Finished files are complete"
-        )
+        if error.errno in DISK_FULL:
+            remedy = "free some disk space and run the command again. Finished files are complete"
+        elif error.errno in BAD_PATH and error.filename:
+            remedy = "check this path and its permissions"
+        else:
+            raise  # no path is named, so the fault may be in the code
+        message = f"{error.strerror} ({error.filename or 'while writing'}); {remedy}"
     with contextlib.suppress(OSError):  # stderr may be a file on the full disk
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
