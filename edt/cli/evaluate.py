@@ -37,7 +37,7 @@ from edt.metrics.images import FolderImages
 from edt.metrics.inception_weights import load_weights, save_weights
 from edt.utils.choices import choices
 from edt.utils.errors import UserError
-from edt.utils.files import make_folder, write_json
+from edt.utils.files import make_folder, output_file, write_json
 
 
 def image_parser() -> argparse.ArgumentParser:
@@ -179,9 +179,7 @@ def open_images(path: str, args: argparse.Namespace) -> Source:
 
 def check_output(file: Path) -> None:
     """Check, before hours of work, that a result can be written; make its folder."""
-    if file.is_dir():
-        raise UserError(f"{file} is a folder; name a file")
-    make_folder(file.parent)
+    make_folder(output_file(file).parent)
 
 
 COMMANDS = {
