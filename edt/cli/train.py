@@ -185,11 +185,7 @@ def _add_method_arguments(g: argparse._ArgumentGroup) -> None:
         choices=TIMESTEP_SAMPLERS,
         help="how timesteps are drawn",
     )
-    add(
-        "--min-snr-gamma",
-        type=positive,
-        help="gamma of the loss weight min(SNR, gamma) / SNR; default: weight 1",
-    )
+    add("--min-snr-gamma", type=positive, help="gamma of the loss weight min(SNR, gamma) / SNR")
     add("--global-seed", type=int, dest="seed", help="seed of weights, data order and noise")
 
 

@@ -14,7 +14,7 @@ from edt.data.extraction import ExtractionConfig
 from edt.nn.attention import AttentionBackend
 from edt.nn.compilation import CompileMode
 from edt.sampling.config import SamplingConfig
-from edt.training.config import LoopConfig, TrainConfig
+from edt.training.config import LoopConfig, TrainConfig, default_init_lr
 from edt.training.metrics import Tracker
 
 SPEED_INPUTS = {"compile", "attention"}  # how the network computes, not what
@@ -140,6 +140,15 @@ def test_help_shows_every_default(create_parser):
             if "(default: " in text and action.default is not None:
                 default = "off" if action.default is False else action.default
                 assert text.endswith(f"(default: {default})")
+            elif action.default is not None:  # written by hand
+                assert str(action.default) in text.rpartition("default")[2], action.option_strings
+
+
+def test_help_gives_the_learning_rate_of_the_release():
+    (action,) = (action for action in train.parser()._actions if action.dest == "init_lr")
+    assert "default: 1e-3; 5e-4 for EDT-XL" in action.help
+    assert default_init_lr("EDT-S/2") == 1e-3
+    assert default_init_lr("EDT-XL/2") == 5e-4
 
 
 def test_help_says_when_amm_is_on(monkeypatch):
