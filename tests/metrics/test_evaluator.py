@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_choices_of_the_command_line_are_those_of_the_library(capsys, option, li
 def test_commands_are_parsed_with_their_own_arguments():
     command, args = parse(["make-ref", "photos", "ref.npz", "--num-images", "7"])
     assert command.__name__ == "make_ref"
-    assert (args.images, args.num_images) == ("photos", 7)
+    assert (args.images, args.num_images) == (Path("photos"), 7)
     command, args = parse(["convert-inception", "in.pb", "out.safetensors"])
     assert command.__name__ == "convert_inception"
     assert args.out.name == "out.safetensors"
