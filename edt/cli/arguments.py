@@ -44,6 +44,11 @@ def nonempty_path(text: str) -> Path:
     return Path(nonempty(text))
 
 
+def without_spaces(text: str) -> str:
+    """Argument type: a list without spaces around its parts, since it becomes a part of a name."""
+    return ",".join(map(str.strip, text.split(",")))
+
+
 class Number:
     """Argument type: a finite number in a range.
 
@@ -175,6 +180,7 @@ def add_sampling_arguments(
     )
     p.add_argument(
         "--num-sampling-steps",
+        type=without_spaces,
         metavar="STEPS",
         help="250; with ddpm and ddim also ddim50, or sections like 10,15,25",
     )

@@ -241,3 +241,10 @@ def test_old_spellings_are_read(script, spelling, name, text, value):
     defaults = vars(parser.parse_args(required))
     assert defaults[name] != value
     assert arguments == {**defaults, name: value}
+
+
+@pytest.mark.parametrize("script", ["sample", "draw"])
+@pytest.mark.parametrize(("text", "steps"), [(" 2", "2"), ("10, 15 ,25 ", "10,15,25")])
+def test_steps_are_read_without_spaces(script, text, steps):
+    arguments = [*SCRIPTS[script].required, "--num-sampling-steps", text]
+    assert SCRIPTS[script].parser().parse_args(arguments).num_sampling_steps == steps
