@@ -217,6 +217,9 @@ def resolve_run_dir(args: argparse.Namespace) -> tuple[Path, Path | None]:
     resume = args.resume
     if resume == RESUME_RUN or (resume is None and args.resume_step is not None):
         resume = args.run_dir or newest_run_dir(args.results_dir, args.model)
+    is_inside_run = resume is not None and resume.name == "checkpoints"
+    if is_inside_run and not (resume / "checkpoints").exists():
+        resume = resume.parent  # its run is meant
     return choose_run_dir(args.run_dir, args.results_dir, args.model, resume), resume
 
 
