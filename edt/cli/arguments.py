@@ -32,6 +32,23 @@ def true_or_false(text: str) -> bool:
     return values[text.lower()]
 
 
+def nonempty(text: str) -> str:
+    """Argument type: any text but "", which is what a shell makes of a variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
+    return text
+
+
+def nonempty_path(text: str) -> Path:
+    """Argument type of every path. Without the check, "" would be the current folder."""
+    return Path(nonempty(text))
+
+
+def without_spaces(text: str) -> str:
+    """Argument type: a list without spaces around its parts, since it becomes a part of a name."""
+    return ",".join(map(str.strip, text.split(",")))
+
+
 class Number:
     """Argument type: a finite number in a range.
 
@@ -163,6 +180,7 @@ def add_sampling_arguments(
     )
     p.add_argument(
         "--num-sampling-steps",
+        type=without_spaces,
         metavar="STEPS",
         help="250; with ddpm and ddim also ddim50, or sections like 10,15,25",
     )
@@ -178,6 +196,7 @@ def _add_checkpoint_arguments(p: argparse.ArgumentParser) -> None:
     """Add what is loaded, and what the user expects of it."""
     p.add_argument(
         "--ckpt",
+        type=nonempty_path,
         required=True,
         metavar="PATH",
         help="run folder, checkpoint folder, .safetensors file, or a .pt file of the release",
@@ -190,6 +209,7 @@ def _add_checkpoint_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--model",
+        type=nonempty,
         metavar="NAME",
         help=f"fail if not this model: {', '.join(MODELS)}; default: any",
     )
@@ -206,6 +226,7 @@ def _add_checkpoint_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--vae",
+        type=nonempty,
         help="ema, mse, a folder, a hub id, or pixels; default: the VAE that the checkpoint was "
         "trained with, else ema",
     )
@@ -234,6 +255,7 @@ def _add_amm_arguments(
     )
     g.add_argument(
         "--amm-blocks",
+        type=nonempty,
         metavar="BLOCKS",
         help="blocks to modulate, 0-based, e.g. 7,10; default: by model, resolution and guidance "
         "scale",
@@ -251,8 +273,3 @@ def _add_amm_arguments(
         help="the matrix is 0 beyond this distance; default: the paper's sqrt((G-1)^2+4) for G x G "
         "tokens",
     )
-
-
-def path_or_none(text: str | None) -> Path | None:
-    """A path from an optional argument."""
-    return None if text is None else Path(text)

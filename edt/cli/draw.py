@@ -10,7 +10,6 @@ beside the picture, and a picture of other settings has another name.
 import argparse
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from edt.cli.arguments import (
     HelpFormatter,
     add_sampling_arguments,
     from_arguments,
+    nonempty_path,
     true_or_false,
 )
 from edt.cli.build import LoadedModel, load_for_sampling, set_amm_from_arguments, settings_of
@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--output-dir",
         "--results-dir",
+        type=nonempty_path,
         default="visual",
         metavar="DIR",
         help="folder of the pictures",
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     classes = choose_classes(args.classes, names)
     set_amm_from_arguments(model, args)
     settings = grid_settings(args, loaded, config, classes)
-    folder = make_folder(Path(args.output_dir) / f"seed{args.seed}-cfg{args.cfg_scale}")
+    folder = make_folder(args.output_dir / f"seed{args.seed}-cfg{args.cfg_scale}")
 
     drawing = (loaded, config, classes, args.num_variations, args.per_proc_batch_size)
     images = sample_images(*drawing)

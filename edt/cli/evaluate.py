@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from edt.cli.arguments import COUNT, HelpFormatter
+from edt.cli.arguments import COUNT, HelpFormatter, nonempty_path
 from edt.cli.main import exit_on_user_error
 from edt.data.images import center_crop
 from edt.metrics import (
@@ -37,7 +37,7 @@ from edt.metrics.images import FolderImages
 from edt.metrics.inception_weights import load_weights, save_weights
 from edt.utils.choices import choices
 from edt.utils.errors import UserError
-from edt.utils.files import make_folder, write_json
+from edt.utils.files import make_folder, output_file, write_json
 
 
 def image_parser() -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def image_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--inception",
-        type=Path,
+        type=nonempty_path,
         metavar="PATH",
         help="the Inception weights: the .pb file, or one that convert-inception made; "
         "default: the .pb file here or in ~/.cache/edt, else it is downloaded",
@@ -82,8 +82,8 @@ def image_parser() -> argparse.ArgumentParser:
 
 def score_parser() -> argparse.ArgumentParser:
     parser = image_parser()
-    parser.add_argument("reference", metavar="REF")
-    parser.add_argument("samples", metavar="SAMPLES")
+    parser.add_argument("reference", type=nonempty_path, metavar="REF")
+    parser.add_argument("samples", type=nonempty_path, metavar="SAMPLES")
     parser.add_argument(
         "--pr",
         choices=choices(PrecisionRecallMode),
@@ -92,12 +92,12 @@ def score_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cache-dir",
-        type=Path,
+        type=nonempty_path,
         help="keep features here, and reuse those of the same images; default: nowhere",
     )
     parser.add_argument(
         "--json",
-        type=Path,
+        type=nonempty_path,
         metavar="FILE",
         help="write the scores and how they were computed; default: no file",
     )
@@ -128,8 +128,8 @@ def score(args: argparse.Namespace) -> None:
 
 def make_ref_parser() -> argparse.ArgumentParser:
     parser = image_parser()
-    parser.add_argument("images", metavar="IMAGES")
-    parser.add_argument("out", metavar="OUT.npz", type=Path)
+    parser.add_argument("images", type=nonempty_path, metavar="IMAGES")
+    parser.add_argument("out", metavar="OUT.npz", type=nonempty_path)
     parser.add_argument(
         "--num-images", type=COUNT, default=10_000, help="images to keep for precision and recall"
     )
@@ -152,8 +152,8 @@ def convert_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Convert the Inception weights to a file that any safetensors reader opens."
     )
-    parser.add_argument("graph", metavar="IN.pb", type=Path)
-    parser.add_argument("out", metavar="OUT.safetensors", type=Path)
+    parser.add_argument("graph", metavar="IN.pb", type=nonempty_path)
+    parser.add_argument("out", metavar="OUT.safetensors", type=nonempty_path)
     return parser
 
 
@@ -169,7 +169,7 @@ def make_extractor(args: argparse.Namespace) -> FeatureExtractor:
     return create_extractor(args.features, args.backend, args.inception, args.device)
 
 
-def open_images(path: str, args: argparse.Namespace) -> Source:
+def open_images(path: Path, args: argparse.Namespace) -> Source:
     crop = partial(center_crop, size=args.image_size) if args.image_size else None
     source = open_source(path, args.features, crop)
     if isinstance(source.images, FolderImages):
@@ -179,9 +179,7 @@ def open_images(path: str, args: argparse.Namespace) -> Source:
 
 def check_output(file: Path) -> None:
     """Check, before hours of work, that a result can be written; make its folder."""
-    if file.is_dir():
-        raise UserError(f"{file} is a folder; name a file")
-    make_folder(file.parent)
+    make_folder(output_file(file).parent)
 
 
 COMMANDS = {

@@ -10,7 +10,14 @@ import dataclasses
 
 from tqdm.auto import tqdm
 
-from edt.cli.arguments import COUNT, COUNT_OR_ZERO, HelpFormatter, from_arguments
+from edt.cli.arguments import (
+    COUNT,
+    COUNT_OR_ZERO,
+    HelpFormatter,
+    from_arguments,
+    nonempty,
+    nonempty_path,
+)
 from edt.cli.main import exit_on_user_error
 from edt.data.extraction import Extraction, ExtractionConfig
 from edt.data.features import DrawMode, Layout
@@ -25,16 +32,21 @@ def parser() -> argparse.ArgumentParser:
     """The script's arguments."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     p.add_argument(
-        "--data-path", required=True, help="folder with one sub-folder of images per class"
+        "--data-path",
+        type=nonempty_path,
+        required=True,
+        help="folder with one sub-folder of images per class",
     )
     p.add_argument(
         "--features-path",
         "--feature-path",
+        type=nonempty_path,
         default="features256",
         help="folder of the features (default: %(default)s)",
     )
     p.add_argument(
         "--vae",
+        type=nonempty,
         default="ema",
         help="ema, mse, a diffusers folder, a hub id, or pixels for no VAE (default: %(default)s)",
     )

@@ -26,6 +26,7 @@ from edt.cli.arguments import (
     add_sampling_arguments,
     describe,
     from_arguments,
+    nonempty_path,
     true_or_false,
 )
 from edt.cli.build import LoadedModel, load_for_sampling, set_amm_from_arguments, settings_of
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--output-dir",
         "--results-dir",
+        type=nonempty_path,
         default="samples",
         metavar="DIR",
         help="a folder named by the settings is made in it",
@@ -168,9 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         config = dataclasses.replace(config, labels=labels)
     config.labels_of(torch.arange(1), model.num_classes)  # refuses labels before work starts
     name = args.model or info.name or model.config.family
-    folder_path = Path(args.output_dir) / folder_name(
-        name, Path(args.ckpt), loaded, config, model.modulations
-    )
+    folder_path = args.output_dir / folder_name(name, args.ckpt, loaded, config, model.modulations)
     open_sample_folder(folder_path, settings_of(loaded, config))
 
     archive = SampleArchive(folder_path, (args.num_images, loaded.image_size, loaded.image_size, 3))

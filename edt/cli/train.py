@@ -23,7 +23,8 @@ from edt.cli.arguments import (
     add_speed_arguments,
     describe,
     from_arguments,
-    path_or_none,
+    nonempty,
+    nonempty_path,
     set_defaults_from,
 )
 from edt.cli.build import check_speed_options, load_vae_for_training
@@ -52,7 +53,7 @@ from edt.utils.choices import choices
 from edt.utils.distributed import ignored_launcher_settings
 from edt.utils.errors import UserError
 
-RESUME_RUN = "RUN-DIR"  # --resume without a path
+RESUME_RUN = Path("RUN-DIR")  # --resume without a path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--feature-path",
         "--features-path",
+        type=nonempty_path,
         default="features256",
         metavar="DIR",
         help="folder made by extract_features.py",
@@ -79,10 +81,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--vae",
+        type=nonempty,
         help="fail if the features were extracted with another VAE; --sample-every uses it; "
         "default: theirs",
     )
-    _add_run_arguments(p.add_argument_group("run"))
+    run = p.add_argument_group("run")
+    _add_start_arguments(run)
+    _add_run_arguments(run)
     _add_method_arguments(p.add_argument_group("method"))
     add_speed_arguments(p.add_argument_group("speed"))
     set_defaults_from(p, TrainConfig, LoopConfig)
@@ -91,14 +96,26 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _add_run_arguments(g: argparse._ArgumentGroup) -> None:
-    """Add the flags of one run: folders, checkpoints, duration, logging."""
+def _add_start_arguments(g: argparse._ArgumentGroup) -> None:
+    """Add the flags that say which folder a run has, and what it starts from."""
     add = g.add_argument
-    add("--results-dir", default="results", metavar="DIR", help="a new run is DIR/NNN-MODEL")
-    add("--run-dir", metavar="DIR", help="continued if it holds a checkpoint; default: a new run")
+    add(
+        "--results-dir",
+        type=nonempty_path,
+        default="results",
+        metavar="DIR",
+        help="a new run is DIR/NNN-MODEL",
+    )
+    add(
+        "--run-dir",
+        type=nonempty_path,
+        metavar="DIR",
+        help="continued if it holds a checkpoint; default: a new run",
+    )
     add(
         "--resume",
         "--checkpoint-path",
+        type=nonempty_path,
         nargs="?",
         const=RESUME_RUN,
         metavar="PATH",
@@ -115,10 +132,16 @@ def _add_run_arguments(g: argparse._ArgumentGroup) -> None:
     )
     add(
         "--init-from",
+        type=nonempty_path,
         metavar="CKPT",
         help="initialise from the EMA weights of this checkpoint, see docs/training.md; default: "
         "new weights",
     )
+
+
+def _add_run_arguments(g: argparse._ArgumentGroup) -> None:
+    """Add the flags of one run: duration, logging, checkpoints."""
+    add = g.add_argument
     add("--epochs", type=COUNT, default=90, help="passes over the features")
     add("--max-steps", type=COUNT, metavar="STEPS", help="total steps; default: those of --epochs")
     add("--log-every", type=COUNT, metavar="STEPS", help="steps between lines of the log")
@@ -186,24 +209,19 @@ def _add_method_arguments(g: argparse._ArgumentGroup) -> None:
         choices=TIMESTEP_SAMPLERS,
         help="how timesteps are drawn",
     )
-    add(
-        "--min-snr-gamma",
-        type=positive,
-        help="gamma of the loss weight min(SNR, gamma) / SNR; default: weight 1",
-    )
+    add("--min-snr-gamma", type=positive, help="gamma of the loss weight min(SNR, gamma) / SNR")
     add("--global-seed", type=int, dest="seed", help="seed of weights, data order and noise")
 
 
 def resolve_run_dir(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint or run to resume from (None: not required)."""
-    run_dir, results_dir = path_or_none(args.run_dir), Path(args.results_dir)
-    demands_run = args.resume == RESUME_RUN or (
-        args.resume is None and args.resume_step is not None
-    )
-    resume = path_or_none(args.resume)
-    if demands_run:
-        resume = run_dir or newest_run_dir(results_dir, args.model)
-    return choose_run_dir(run_dir, results_dir, args.model, resume), resume
+    resume = args.resume
+    if resume == RESUME_RUN or (resume is None and args.resume_step is not None):
+        resume = args.run_dir or newest_run_dir(args.results_dir, args.model)
+    is_inside_run = resume is not None and resume.name == "checkpoints"
+    if is_inside_run and not (resume / "checkpoints").exists():
+        resume = resume.parent  # its run is meant
+    return choose_run_dir(args.run_dir, args.results_dir, args.model, resume), resume
 
 
 def create_trainer(
@@ -274,7 +292,7 @@ def log_start(
     """
     logging.info("training %s in %s: %s", args.model, run_dir.folder, config)
     if args.run_dir is None:
-        checkpoint = run_dir.find_unfinished(Path(args.results_dir), config, args.max_steps)
+        checkpoint = run_dir.find_unfinished(args.results_dir, config, args.max_steps)
         if checkpoint is not None:
             folder, step = checkpoint.parent.parent, int(checkpoint.name)
             logging.warning(

@@ -17,6 +17,7 @@ from edt.metrics.precision_recall import NEIGHBOURS
 from edt.metrics.sources import Source
 from edt.metrics.statistics import Statistics, read_statistics, write_statistics
 from edt.utils.errors import UserError
+from edt.utils.files import output_file
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ def _cached_image_statistics(
 ) -> Statistics:
     """Statistics of images, features included; read from the cache if it has them."""
     cached = cache_dir / f"{_cache_key(images, extractor)}.npz" if cache_dir else None
+    if cached:
+        output_file(cached)  # refuses a folder of this name before hours of work
     statistics = _read_cached(cached, images) if cached and cached.exists() else None
     if statistics is None:
         collector = _StatisticsCollector(images, extractor, keep_features=True)

@@ -160,7 +160,7 @@ def checked_moments(moments: Moments | FactoredMoments) -> tuple[torch.Tensor, t
     else:
         c, rows = _to_float64(moments.covariance), len(m)
         c = c.reshape(1, 1) if c.ndim == 0 else c  # np.cov of one-dimensional features is a scalar
-    if c.shape != (rows, len(m)):
+    if not len(m) or c.shape != (rows, len(m)):
         raise UserError(
             f"the mean has shape {tuple(m.shape)} and the covariance {tuple(c.shape)}; "
             "compute the statistics again"
@@ -170,6 +170,11 @@ def checked_moments(moments: Moments | FactoredMoments) -> tuple[torch.Tensor, t
     if (c - c.T).abs().max() > 1e-6 * c.abs().max():
         raise UserError(
             "the covariance is not symmetric; the statistics are damaged, compute them again"
+        )
+    variances = c.diagonal()
+    if variances.min() < -1e-6 * variances.abs().max():  # a rounding error is smaller
+        raise UserError(
+            "the covariance has negative variances; the statistics are damaged, compute them again"
         )
     return m, (c + c.T) / 2
 

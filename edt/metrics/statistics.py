@@ -47,7 +47,8 @@ def read_statistics(path: Path) -> Statistics:
     # Other programs write files without a feature name. Their arrays of the optional names are
     # something else.
     optional = {name: arrays.get(name) for name in OPTIONAL_NAMES if "feature_name" in arrays}
-    features, count = optional.get("features"), _to_int(optional.get("count"))
+    features = _read_features(path, optional.get("features"))
+    count = _read_count(path, "count", optional.get("count"))
     moments: Moments | FactoredMoments | None
     if features is not None and len(features) == count and count < features.shape[-1]:
         moments = FactoredMoments.of_rows(features)
@@ -60,7 +61,7 @@ def read_statistics(path: Path) -> Statistics:
             f"{path}: features have shape {features.shape}, but there are {moments.mean.size} "
             "means; make the file again"
         )
-    resolution, weights_sha256 = optional.get("resolution"), optional.get("weights_sha256")
+    weights_sha256 = optional.get("weights_sha256")
     return Statistics(
         # ADM's files do not record a name. Their features are always Inception's.
         str(arrays.get("feature_name", "inception")),
@@ -68,15 +69,46 @@ def read_statistics(path: Path) -> Statistics:
         _read_moments(path, arrays, *MOMENT_NAMES[1]),
         features,
         count,
-        tuple(resolution.tolist()) if resolution is not None else None,
+        _read_resolution(path, optional.get("resolution")),
         str(weights_sha256) if weights_sha256 is not None else None,
-        _to_int(optional.get("distinct_count")),
-        _to_int(optional.get("plain_count")),
+        _read_count(path, "distinct_count", optional.get("distinct_count")),
+        _read_count(path, "plain_count", optional.get("plain_count")),
     )
 
 
-def _to_int(value: np.ndarray | None) -> int | None:
-    return None if value is None else int(value)
+def _read_features(path: Path, value: np.ndarray | None) -> np.ndarray | None:
+    """The array "features" of a file, checked."""
+    if value is None:
+        return None
+    if value.ndim != 2 or len(value) < 2 or value.dtype.kind not in "fiu":
+        raise UserError(
+            f"{path}: features are {value.dtype} of shape {value.shape}, not a row of numbers for "
+            "each of at least 2 images; make the file again"
+        )
+    if not np.isfinite(value).all():
+        raise UserError(f"{path}: features contain NaN or infinity; make the file again")
+    return value
+
+
+def _read_count(path: Path, name: str, value: np.ndarray | None) -> int | None:
+    """A number of images, checked."""
+    if value is None:
+        return None
+    if value.size == 1 and value.dtype.kind in "fiu":
+        count = float(value.item())
+        if count >= 0 and count.is_integer():
+            return int(count)
+    raise UserError(f"{path}: {name} is no number of images; make the file again")
+
+
+def _read_resolution(path: Path, value: np.ndarray | None) -> tuple[int, int] | None:
+    """The array "resolution" of a file, checked."""
+    if value is None:
+        return None
+    if value.shape != (2,) or value.dtype.kind not in "iu" or value.min() < 1:
+        raise UserError(f"{path}: resolution is no height and width; make the file again")
+    height, width = value.tolist()
+    return height, width
 
 
 def _read_moments(

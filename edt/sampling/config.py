@@ -118,12 +118,19 @@ class SamplingConfig:
         return classes[indices % len(classes)]
 
 
+def check_integers(name: str, values: torch.Tensor) -> None:
+    """Raise a UserError if values are not (n,) integers."""
+    dtype = values.dtype
+    is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    if values.dim() != 1 or not is_integer:
+        raise UserError(
+            f"{name} are {dtype} of shape {tuple(values.shape)}; give an integer per image"
+        )
+
+
 def check_labels(labels: torch.Tensor, num_classes: int) -> None:
     """Raise a UserError if labels are not (n,) integers, or one is outside the model's classes."""
-    if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise UserError(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)}; give an integer per image"
-        )
+    check_integers("labels", labels)
     last = max(num_classes, 1) - 1
     for label in labels.tolist():
         if not 0 <= label <= last:

@@ -15,7 +15,7 @@ from edt.data.vae import VAE, to_uint8
 from edt.diffusion import create_sampler
 from edt.nn.precision import autocast, set_matmul_precision
 from edt.nn.transformer import DiffusionTransformer
-from edt.sampling.config import SamplingConfig, check_labels
+from edt.sampling.config import SamplingConfig, check_integers, check_labels
 from edt.utils.errors import UserError
 from edt.utils.randomness import ImageNoise
 
@@ -51,9 +51,10 @@ def generate(
         progress: show a bar, or advance this one of :func:`image_bar`.
 
     Raises:
-        UserError: the labels are not one integer per image, or one is outside the model's classes;
-            an image is not finite, and the message names it.
+        UserError: indices or labels are not one integer per image, or a label is outside the
+            model's classes; an image is not finite, and the message names it.
     """
+    indices = _to_integers("indices", indices)
     if labels is None:
         labels = config.labels_of(indices, model.num_classes)
     else:
@@ -113,13 +114,23 @@ def image_bar(total: int, **options: Any) -> tqdm:
     )
 
 
-def _checked_labels(labels: torch.Tensor, count: int, num_classes: int) -> torch.Tensor:
+def _to_integers(name: str, values: Any) -> torch.Tensor:
+    """Numbers that a caller gave, one for each image, (n,) int64."""
+    try:
+        integers = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):  # which one depends on the value
+        raise UserError(f"the {name} are no numbers; give an integer per image") from None
+    check_integers(name, integers)
+    return integers.long()
+
+
+def _checked_labels(labels: Any, count: int, num_classes: int) -> torch.Tensor:
     """Labels that a caller gave, checked, (count,) int64."""
-    labels = torch.as_tensor(labels)
+    labels = _to_integers("labels", labels)
     check_labels(labels, num_classes)
     if len(labels) != count:
         raise UserError(f"{len(labels)} labels do not fit {count} images; give a label per image")
-    return labels.long()
+    return labels
 
 
 def sample_latents(

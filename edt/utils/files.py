@@ -8,27 +8,34 @@ import hashlib
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from edt.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
+NOT_FILES = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, and rename it to ``path`` on success.
 
-    On failure the temporary file is removed and ``path`` stays as it was.
+    On failure the temporary file is removed and ``path`` stays as it was. A link is followed: the
+    file that it leads to is replaced, and the link stays.
 
     Args:
         path: the final path.
         durable: wait until the disk holds the content before renaming. Writers of millions of small
             files switch this off, since each wait takes milliseconds.
+
+    Raises:
+        UserError: ``path`` is a folder, a device or the like.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = output_file(Path(path))
+    # Shortened, so that every name that the disk can hold can be written.
+    temporary = path.with_name(f".{shorten_name(path.name, 200)}.{os.getpid()}.tmp")
     try:
         yield temporary
         if durable:
@@ -36,6 +43,22 @@ def atomic_write(path: str | Path, durable: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def output_file(path: Path) -> Path:
+    """The file that a write to ``path`` makes or replaces; it differs where ``path`` is a link.
+
+    Raises:
+        UserError: what is there is no file, and must not be replaced by one.
+    """
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        kind = stat.S_IFREG  # nothing is there
+    if kind != stat.S_IFREG:
+        what = NOT_FILES.get(kind, "a device")
+        raise UserError(f"{path} is {what}, not a file; name a file")
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def make_folder(path: Path) -> Path:

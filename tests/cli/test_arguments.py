@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import pytest
@@ -10,11 +12,12 @@ import pytest
 from edt.amm import AMMForm
 from edt.checkpoints.loading import WeightsKind
 from edt.cli import draw, evaluate, extract, sample, train
+from edt.cli.arguments import nonempty, nonempty_path
 from edt.data.extraction import ExtractionConfig
 from edt.nn.attention import AttentionBackend
 from edt.nn.compilation import CompileMode
 from edt.sampling.config import SamplingConfig
-from edt.training.config import LoopConfig, TrainConfig
+from edt.training.config import LoopConfig, TrainConfig, default_init_lr
 from edt.training.metrics import Tracker
 
 SPEED_INPUTS = {"compile", "attention"}  # how the network computes, not what
@@ -124,6 +127,16 @@ def test_defaults_of_flags_are_those_of_the_fields(script):
 PARSERS = {name: script.parser for name, script in SCRIPTS.items()} | {
     "score": evaluate.score_parser,
     "make-ref": evaluate.make_ref_parser,
+    "convert-inception": evaluate.convert_parser,
+}
+PATHS = {
+    "train": {"feature_path", "results_dir", "run_dir", "resume", "init_from"},
+    "extract": {"data_path", "features_path"},
+    "sample": {"ckpt", "output_dir"},
+    "draw": {"ckpt", "output_dir"},
+    "score": {"reference", "samples", "json", "cache_dir", "inception"},
+    "make-ref": {"images", "out", "inception"},
+    "convert-inception": {"graph", "out"},
 }
 
 
@@ -140,6 +153,41 @@ def test_help_shows_every_default(create_parser):
             if "(default: " in text and action.default is not None:
                 default = "off" if action.default is False else action.default
                 assert text.endswith(f"(default: {default})")
+            elif action.default is not None:  # written by hand
+                assert str(action.default) in text.rpartition("default")[2], action.option_strings
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_an_empty_path_is_refused(name, capsys):
+    parser = PARSERS[name]()
+    paths = {action.dest for action in parser._actions if action.type is nonempty_path}
+    assert paths == PATHS[name]
+    positionals = {action.dest: "file" for action in parser._actions if not action.option_strings}
+    required = {
+        action.dest: [action.option_strings[0], "file"]
+        for action in parser._actions
+        if action.option_strings and action.required
+    }
+    for action in parser._actions:
+        if action.type not in (nonempty, nonempty_path):
+            continue
+        for text in ("", " "):
+            words, options = {**positionals}, {**required}
+            if action.option_strings:
+                options[action.dest] = [action.option_strings[0], text]
+            else:
+                words[action.dest] = text
+            with pytest.raises(SystemExit) as error:
+                parser.parse_args([*words.values(), *itertools.chain(*options.values())])
+            assert error.value.code == 2
+            assert "it is empty; is a variable of the shell not set?" in capsys.readouterr().err
+
+
+def test_help_gives_the_learning_rate_of_the_release():
+    (action,) = (action for action in train.parser()._actions if action.dest == "init_lr")
+    assert "default: 1e-3; 5e-4 for EDT-XL" in action.help
+    assert default_init_lr("EDT-S/2") == 1e-3
+    assert default_init_lr("EDT-XL/2") == 5e-4
 
 
 def test_help_says_when_amm_is_on(monkeypatch):
@@ -171,18 +219,18 @@ def test_choices_of_flags_are_those_of_the_fields(script):
         ("train", "--clip", "max_grad_norm", "0.5", 0.5),
         ("train", "--mini-batch-size", "micro_batch_size", "3", 3),
         ("train", "--max-bad-steps", "max_skipped_steps", "7", 7),
-        ("train", "--checkpoint-path", "resume", "run", "run"),
-        ("train", "--feature-path", "feature_path", "folder", "folder"),
-        ("train", "--features-path", "feature_path", "folder", "folder"),
+        ("train", "--checkpoint-path", "resume", "run", Path("run")),
+        ("train", "--feature-path", "feature_path", "folder", Path("folder")),
+        ("train", "--features-path", "feature_path", "folder", Path("folder")),
         ("train", "--schedule_sampler", "schedule_sampler", "uniform", "uniform"),
-        ("train", "--results-dir", "results_dir", "folder", "folder"),
+        ("train", "--results-dir", "results_dir", "folder", Path("folder")),
         ("train", "--global-seed", "seed", "7", 7),
-        ("extract", "--feature-path", "features_path", "folder", "folder"),
-        ("extract", "--features-path", "features_path", "folder", "folder"),
+        ("extract", "--feature-path", "features_path", "folder", Path("folder")),
+        ("extract", "--features-path", "features_path", "folder", Path("folder")),
         ("extract", "--global-seed", "seed", "7", 7),
-        ("sample", "--results-dir", "output_dir", "folder", "folder"),
+        ("sample", "--results-dir", "output_dir", "folder", Path("folder")),
         ("sample", "--global-seed", "seed", "7", 7),
-        ("draw", "--results-dir", "output_dir", "folder", "folder"),
+        ("draw", "--results-dir", "output_dir", "folder", Path("folder")),
         ("draw", "--class-labels", "classes", "7", ["7"]),
         ("draw", "--global-seed", "seed", "7", 7),
     ],
@@ -193,3 +241,10 @@ def test_old_spellings_are_read(script, spelling, name, text, value):
     defaults = vars(parser.parse_args(required))
     assert defaults[name] != value
     assert arguments == {**defaults, name: value}
+
+
+@pytest.mark.parametrize("script", ["sample", "draw"])
+@pytest.mark.parametrize(("text", "steps"), [(" 2", "2"), ("10, 15 ,25 ", "10,15,25")])
+def test_steps_are_read_without_spaces(script, text, steps):
+    arguments = [*SCRIPTS[script].required, "--num-sampling-steps", text]
+    assert SCRIPTS[script].parser().parse_args(arguments).num_sampling_steps == steps

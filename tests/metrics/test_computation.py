@@ -218,3 +218,15 @@ class InfinitePixels(PixelFeatures):
 def test_features_that_are_not_finite_are_refused():
     with pytest.raises(UserError, match="features of the image array are not finite"):
         compute_statistics(open_source(IMAGES), InfinitePixels())
+
+
+def test_a_folder_in_place_of_cached_features_is_refused_before_work(tmp_path):
+    extractor, source = CountingPixels(), open_source(IMAGES, "pixels")
+    compute_statistics(source, extractor, cache_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    path.mkdir()
+    calls = extractor.calls
+    with pytest.raises(UserError, match=f"{path} is a folder, not a file"):
+        compute_statistics(source, extractor, cache_dir=tmp_path)
+    assert extractor.calls == calls

@@ -1,7 +1,9 @@
 """The evaluator as a command."""
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,7 +130,7 @@ def test_choices_of_the_command_line_are_those_of_the_library(capsys, option, li
 def test_commands_are_parsed_with_their_own_arguments():
     command, args = parse(["make-ref", "photos", "ref.npz", "--num-images", "7"])
     assert command.__name__ == "make_ref"
-    assert (args.images, args.num_images) == ("photos", 7)
+    assert (args.images, args.num_images) == (Path("photos"), 7)
     command, args = parse(["convert-inception", "in.pb", "out.safetensors"])
     assert command.__name__ == "convert_inception"
     assert args.out.name == "out.safetensors"
@@ -164,3 +166,29 @@ def test_pictures_that_cannot_be_read_end_in_one_line(tmp_path, capsys):
         assert f"cannot read the image {folder / 'bomb.png'} (Image size" in message
     (folder / "bomb.png").rename(folder / "\udce9.png")
     assert r"\udce9.png" in refusal(main, capsys, *command)
+
+
+def test_outputs_that_are_no_file_are_refused_before_work(tmp_path, capsys):
+    folder = write_pngs(tmp_path / "images", random_images(0, 8))
+    fifo, link = tmp_path / "fifo", tmp_path / "link"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    # The missing inputs would be refused next.
+    for path in (fifo, link):
+        for command in (
+            ("make-ref", tmp_path / "absent", path, "--features", "pixels"),
+            (tmp_path / "absent", tmp_path / "absent", "--features", "pixels", "--json", path),
+        ):
+            message = refusal(main, capsys, *command)
+            assert f"{path} is a pipe, not a file; name a file" in message
+    assert fifo.is_fifo()
+    assert link.is_symlink()
+    link.unlink()
+    link.symlink_to(tmp_path / "new" / "scores.json")
+    main([str(folder), str(folder), "--features", "pixels", "--json", str(link)])
+    capsys.readouterr()
+    assert link.is_symlink()
+    assert "frechet_distance" in json.loads((tmp_path / "new" / "scores.json").read_text())
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    message = refusal(main, capsys, "make-ref", folder, tmp_path / "loop")
+    assert f"({tmp_path / 'loop'})" in message

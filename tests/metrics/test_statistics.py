@@ -96,6 +96,50 @@ def test_features_of_other_dimensions_are_refused_at_opening(tmp_path):
         open_source(tmp_path / "s.npz", "pixels")
 
 
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("sigma", -np.eye(4), "mu and sigma: the covariance has negative variances"),
+        ("sigma", np.diag([9.0, 9, 9, -1]), "mu and sigma: the covariance has negative variances"),
+        ("resolution", np.array([2, 1, 3]), "resolution is no height and width"),
+        ("resolution", np.array("2x1"), "resolution is no height and width"),
+        ("resolution", np.array([2, -1]), "resolution is no height and width"),
+        ("resolution", np.array([2.5, 1]), "resolution is no height and width"),
+        ("count", np.arange(3), "count is no number of images"),
+        ("count", np.array(-20), "count is no number of images"),
+        ("count", np.array("20"), "count is no number of images"),
+        ("count", np.array(np.nan), "count is no number of images"),
+        ("distinct_count", np.array(-1), "distinct_count is no number of images"),
+        ("plain_count", np.array([[1, 2]]), "plain_count is no number of images"),
+        ("features", np.array(1.0), r"features are float64 of shape \(\), not a row"),
+        ("features", np.zeros((1, 4)), r"features are float64 of shape \(1, 4\), not a row"),
+        ("features", np.full((20, 4), "a"), "features are <U1 of shape"),
+        ("features", np.full((20, 4), np.nan), "features contain NaN or infinity"),
+    ],
+)
+def test_odd_fields_are_refused_at_opening(tmp_path, name, value, message):
+    write_statistics(tmp_path / "s.npz", example_statistics())
+    with np.load(tmp_path / "s.npz") as arrays:
+        np.savez(tmp_path / "s.npz", **{**arrays, name: value})
+    with pytest.raises(UserError, match=f"^{tmp_path}/s.npz.*{message}") as error:
+        open_source(tmp_path / "s.npz", "pixels")
+    assert "\n" not in str(error.value)
+
+
+def test_moments_of_no_dimension_are_refused_at_opening(tmp_path):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(0), sigma=np.zeros((0, 0)))
+    with pytest.raises(UserError, match=r"s.npz, mu and sigma: the mean has shape \(0,\)"):
+        open_source(tmp_path / "s.npz")
+
+
+def test_a_count_of_other_programs_is_read(tmp_path):
+    write_statistics(tmp_path / "s.npz", example_statistics())
+    for count in (np.array([20]), np.array(20.0), np.uint8(20)):
+        with np.load(tmp_path / "s.npz") as arrays:
+            np.savez(tmp_path / "s.npz", **{**arrays, "count": count})
+        assert read_statistics(tmp_path / "s.npz").count == 20
+
+
 def test_other_arrays_of_another_program_are_ignored(tmp_path):
     arrays = {"features": np.array("pool"), "count": np.arange(3), "resolution": np.array(64)}
     np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4), **arrays)

@@ -82,12 +82,41 @@ def test_given_labels_replace_those_of_the_configuration(model):
         (torch.tensor(2), r"of shape \(\); give an integer per image"),
         (torch.tensor([0.0, 1.0, 1.7]), "labels are torch.float32"),
         (torch.tensor([True, False, True]), "labels are torch.bool"),
+        (["a", "b", "c"], "the labels are no numbers; give an integer per image"),
+        ((0, 1, None), "the labels are no numbers"),
+        (np.array(["a", "b", "c"]), "the labels are no numbers"),
+        ([0, [1], 2], "the labels are no numbers"),
+        ([0, 1, 2**70], "the labels are no numbers"),
+        (torch.tensor([0, 1, 2j]), "labels are torch.complex64"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(labels, message, model):
     config = SamplingConfig(num_sampling_steps="2")
     with pytest.raises(UserError, match=message):
         next(generate(model, PixelVAE(), config, torch.arange(3), 2, labels=labels))
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (["a"], "the indices are no numbers; give an integer per image"),
+        ([0.5], "indices are torch.float32"),
+        (3, r"indices are torch.int64 of shape \(\)"),
+        (None, "the indices are no numbers"),
+    ],
+)
+def test_indices_that_are_no_integers_are_refused(indices, message, model):
+    config = SamplingConfig(num_sampling_steps="2")
+    with pytest.raises(UserError, match=message):
+        next(generate(model, PixelVAE(), config, indices, 2))
+
+
+def test_indices_can_be_a_list(model):
+    config = SamplingConfig(num_sampling_steps="2")
+    (batch,) = generate(model, PixelVAE(), config, [4, 1], 2)
+    (expected,) = generate(model, PixelVAE(), config, torch.tensor([4, 1]), 2)
+    assert batch.indices.tolist() == [4, 1]
+    assert torch.equal(batch.images, expected.images)
 
 
 @pytest.mark.parametrize("labels", [[4, 1, 1], np.array([4, 1, 1], np.uint8)])

@@ -64,6 +64,7 @@ def test_guidance_without_effect_is_warned_of(fields, message, caplog):
     [
         ("10", "class 10 is outside .* 0 to 9"),
         ("-1", "class -1 is outside"),
+        ("9" * 30, "cannot read labels '999"),
         ("cat", "cannot read labels 'cat'"),
         ("1,,2", "cannot read labels '1,,2'; give uniform, balanced, null or"),
     ],

@@ -15,6 +15,7 @@ from conftest import TRAIN, update_manifest
 import train_mask_adan
 from edt.checkpoints.folder import list_checkpoints
 from edt.checkpoints.loading import load_model
+from edt.cli.train import parser, resolve_run_dir
 from edt.training.run_dir import lock_run_dir, new_run_dir, newest_run_dir, resolve_resume
 from edt.utils.errors import UserError
 from edt.utils.files import read_json
@@ -90,6 +91,16 @@ def test_resume_demands_a_checkpoint(run_of_two, tmp_path):
     damage(checkpoints / "0000004")  # a named checkpoint is not replaced by the one before
     with pytest.raises(UserError, match="0000004/state.json is damaged"):
         resolve_resume(new, checkpoints / "0000004")
+
+
+def test_the_checkpoints_of_a_run_stand_for_the_run(run_of_two, tmp_path):
+    argv = ["--results-dir", str(tmp_path), "--resume", str(run_of_two / "checkpoints")]
+    folder, resume = resolve_run_dir(parser().parse_args(argv))
+    assert folder == run_of_two
+    assert resolve_resume(folder, resume) == run_of_two / "checkpoints" / "0000004"
+    named = run_of_two.rename(tmp_path / "checkpoints")  # a run of this name
+    folder, resume = resolve_run_dir(parser().parse_args(["--resume", str(named)]))
+    assert folder == resume == named
 
 
 def test_a_step_demands_its_checkpoint(run_of_two):

@@ -1,4 +1,4 @@
-"""Locks, and how differing settings are shown."""
+"""Files that are written whole, locks, and how differing settings are shown."""
 
 import errno
 import fcntl
@@ -9,7 +9,47 @@ import time
 import pytest
 
 from edt.utils.errors import UserError
-from edt.utils.files import differences, file_lock
+from edt.utils.files import atomic_write, differences, file_lock, write_json
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    for name in ("absent", "present"):
+        target, link = tmp_path / name / "file", tmp_path / f"{name}-link"
+        target.parent.mkdir()
+        if name == "present":
+            target.write_text("old")
+        link.symlink_to(target)
+        write_json(link, {"a": 1})
+        assert link.readlink() == target
+        assert target.read_text() == '{\n  "a": 1\n}\n'
+        assert [path.name for path in target.parent.iterdir()] == ["file"]
+        with pytest.raises(KeyError), atomic_write(link) as temporary:
+            temporary.write_text("half")
+            raise KeyError
+        assert target.read_text() == '{\n  "a": 1\n}\n'
+        assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "fifo")
+    for name, kind in (("fifo", "a pipe"), ("folder", "a folder"), ("link", "a pipe")):
+        with pytest.raises(UserError, match=f"{name} is {kind}, not a file; name a file"):
+            write_json(tmp_path / name, {})
+    assert (tmp_path / "fifo").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError) as error:
+        write_json(tmp_path / "loop", {})
+    assert error.value.errno == errno.ELOOP
+    assert (tmp_path / "loop").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_the_longest_names_are_written(tmp_path):
+    write_json(tmp_path / ("x" * 255), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL])
