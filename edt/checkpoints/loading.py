@@ -5,7 +5,7 @@ import hashlib
 import logging
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -114,19 +114,39 @@ def read_weights(path: str | Path, weights: WeightsKind = "ema") -> Weights:
     _check_finite(tensors, file)
     if weights == "model" and kind == "ema":
         logger.warning("%s holds EMA weights; --weights model is ignored", file)
-    document = {}
-    # A .pt file stands alone: a config.json beside it may be another model's.
-    if weights_format(file) != "torch" and file.with_name("config.json").exists():
-        document = read_json(file.with_name("config.json"))
-    features = FeatureInfo.from_dict(document.get("features", {}))
-    if isinstance(document.get("model"), dict):
-        config = read_config(document["model"])
-    else:
-        config = config_from_state_dict(tensors)
+    config, name, features = _read_config(file, tensors)
     if config.image_size is None:  # not recorded in the configurations of version 0.1
         config = dataclasses.replace(config, image_size=features.image_size)
-    info = CheckpointInfo(file, sha256, kind, document.get("name"), features)
+    info = CheckpointInfo(file, sha256, kind, name, features)
     return Weights(tensors, config, info)
+
+
+def _read_config(
+    file: Path, tensors: dict[str, torch.Tensor]
+) -> tuple[ModelConfig, str | None, FeatureInfo]:
+    """The configuration, the model's name and the features, from config.json or the tensors.
+
+    Raises:
+        UserError: config.json is damaged, or the tensors are of no known family.
+    """
+    config_file = file.with_name("config.json")
+    document: dict[str, Any] = {}
+    # A .pt file stands alone: a config.json beside it may be another model's.
+    if weights_format(file) != "torch" and config_file.exists():
+        document = read_json(config_file)
+    try:
+        features = FeatureInfo.from_dict(document.get("features", {}))
+        if isinstance(document.get("model"), dict):
+            return read_config(document["model"]), document.get("name"), features
+    except UserError as error:
+        raise UserError(f"{config_file}: {error}") from None
+    except (TypeError, ValueError) as error:  # such as an AMM of two entries
+        raise UserError(f"{config_file} is damaged ({error}); get it again") from None
+    try:
+        return config_from_state_dict(tensors), document.get("name"), features
+    except UserError as error:
+        names = ", ".join(list(tensors)[:3]) or "none"
+        raise UserError(f"{file}: {error}; its first tensors: {names}") from None
 
 
 def _read_file(file: Path, weights: WeightsKind) -> tuple[dict[str, torch.Tensor], str]:

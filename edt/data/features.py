@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from edt.data.npy_files import changes, load_npy, npy_names, read_numbers
+from edt.utils.choices import check_json_fields
 from edt.utils.errors import UserError
 from edt.utils.files import read_json
 
@@ -79,7 +80,12 @@ class FeatureInfo:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FeatureInfo":
-        """Inverse of :meth:`to_dict`. Unknown keys are ignored, missing ones become None."""
+        """Inverse of :meth:`to_dict`. Unknown keys are ignored, missing ones become None.
+
+        Raises:
+            UserError: a value has another type.
+        """
+        check_json_fields(cls, values)
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
 
