@@ -50,6 +50,7 @@ from edt.training.run_dir import (
 from edt.training.trainer import Trainer
 from edt.utils.choices import choices
 from edt.utils.distributed import ignored_launcher_settings
+from edt.utils.weights_format import check_is_utf8
 
 RESUME_RUN = "RUN-DIR"  # --resume without a path
 
@@ -202,7 +203,9 @@ def resolve_run_dir(args: argparse.Namespace) -> tuple[Path, Path | None]:
     resume = path_or_none(args.resume)
     if demands_run:
         resume = run_dir or newest_run_dir(results_dir, args.model)
-    return choose_run_dir(run_dir, results_dir, args.model, resume), resume
+    folder = choose_run_dir(run_dir, results_dir, args.model, resume)
+    check_is_utf8(folder)  # else its checkpoints could be written, but not read
+    return folder, resume
 
 
 def create_trainer(
