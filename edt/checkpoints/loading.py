@@ -155,20 +155,25 @@ def _read_file(file: Path, weights: WeightsKind) -> tuple[dict[str, torch.Tensor
     What they are is "ema" or "model", or the file's name.
     """
     if weights_format(file) != "index":
-        return _read_one_file(file, weights)
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in _shards(file):
-        tensors |= _read_one_file(shard, weights)[0]
-    return tensors, _kind_by_name(file)
+        held, kind = _read_one_file(file, weights)
+        return bare_weights(held, file), kind
+    values: dict[Any, Any] = {}
+    for shard, names in _shards(file).items():
+        held, _ = _read_one_file(shard, weights)
+        if absent := [name for name in names if name not in held]:
+            raise UserError(f"{shard} lacks {absent[0]}, which {file} lists; get both again")
+        # A shard may hold more, such as another version of a tensor that the index has elsewhere.
+        values |= {name: held[name] for name in names}
+    return bare_weights(values, file), _kind_by_name(file)
 
 
-def _read_one_file(file: Path, weights: WeightsKind) -> tuple[dict[str, torch.Tensor], str]:
-    """As :func:`_read_file`, of a file that is no index."""
+def _read_one_file(file: Path, weights: WeightsKind) -> tuple[dict[Any, Any], str]:
+    """The state dict of a file that is no index, as it stands there; and which weights it is."""
     if weights_format(file) == "torch":
-        tensors, entry = read_release_weights(file, weights)
-        return tensors, entry or file.name
+        values, entry = read_release_weights(file, weights)
+        return values, entry or file.name
     # read_tensors refuses an index that lists itself.
-    return bare_weights(read_tensors(file), file), _kind_by_name(file)
+    return read_tensors(file), _kind_by_name(file)
 
 
 def _kind_by_name(file: Path) -> str:
@@ -177,20 +182,24 @@ def _kind_by_name(file: Path) -> str:
     return stem if stem in choices(WeightsKind) else file.name
 
 
-def _shards(index: Path) -> list[Path]:
-    """The files that an index lists.
+def _shards(index: Path) -> dict[Path, list[str]]:
+    """The files that an index lists, and the names of the tensors that each contributes.
 
     Raises:
         UserError: one of them is missing or outside the index's folder.
     """
-    names = sorted(set((read_index(index) or {}).values()))
-    for name in names:
+    weight_map = read_index(index) or {}
+    files = sorted(set(weight_map.values()))
+    for name in files:
         if Path(name).name != name or not index.with_name(name).is_file():
             raise UserError(
-                f"{index} lists {len(names)} shards, and {name} is not beside it; "
+                f"{index} lists {len(files)} shards, and {name} is not beside it; "
                 "put all of them into its folder"
             )
-    return [index.with_name(name) for name in names]
+    return {
+        index.with_name(file): [name for name, its_file in weight_map.items() if its_file == file]
+        for file in files
+    }
 
 
 def _check_is_no_shard(file: Path) -> None:
@@ -257,7 +266,8 @@ def _sha256_with_warning(file: Path) -> str:
 
 def _check_finite(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Raise a UserError if weights are NaN or infinite. Every image would be, too."""
-    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    # Networks compute in float32, and float8 has no isfinite.
+    broken = [name for name, value in tensors.items() if not value.float().isfinite().all()]
     if broken:
         raise UserError(
             f"{file}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity, {broken[0]} "
