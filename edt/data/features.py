@@ -64,6 +64,8 @@ class FeatureInfo:
     """Name of the VAE, as the user gave it."""
     vae_sha256: str | None = None
     """Hash of the VAE's weights; None for pixels, which have none."""
+    vae_config_sha256: str | None = None
+    """Hash of the configuration that the VAE computes with."""
     shift_factor: float | None = None
     """This was subtracted from the VAE's own latents before they were scaled; None: nothing."""
     content_sha256: str | None = None
@@ -169,6 +171,7 @@ class Features(torch.utils.data.Dataset[Batch]):
             extraction_seed=manifest.get("seed"),
             vae=vae.get("id"),
             vae_sha256=vae.get("sha256"),
+            vae_config_sha256=vae.get("config_sha256"),
             shift_factor=vae.get("shift_factor"),
             content_sha256=self._content_sha256(),
         )
