@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from edt.utils.errors import UserError
 from edt.utils.files import file_sha256, read_json, sync, write_json
+from edt.utils.weights_format import check_is_utf8
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -149,8 +150,9 @@ def read_tensors(path: Path) -> NamedTensors:
     """Read a safetensors file on the CPU.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing or damaged, or its path is not UTF-8.
     """
+    check_is_utf8(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

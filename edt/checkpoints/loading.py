@@ -5,7 +5,7 @@ import hashlib
 import logging
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -114,19 +114,39 @@ def read_weights(path: str | Path, weights: WeightsKind = "ema") -> Weights:
     check_finite(tensors, file)
     if weights == "model" and kind == "ema":
         logger.warning("%s holds EMA weights; --weights model is ignored", file)
-    document = {}
-    # A .pt file stands alone: a config.json beside it may be another model's.
-    if weights_format(file) != "torch" and file.with_name("config.json").exists():
-        document = read_json(file.with_name("config.json"))
-    features = FeatureInfo.from_dict(document.get("features", {}))
-    if isinstance(document.get("model"), dict):
-        config = read_config(document["model"])
-    else:
-        config = config_from_state_dict(tensors)
+    config, name, features = _read_config(file, tensors)
     if config.image_size is None:  # not recorded in the configurations of version 0.1
         config = dataclasses.replace(config, image_size=features.image_size)
-    info = CheckpointInfo(file, sha256, kind, document.get("name"), features)
+    info = CheckpointInfo(file, sha256, kind, name, features)
     return Weights(tensors, config, info)
+
+
+def _read_config(
+    file: Path, tensors: dict[str, torch.Tensor]
+) -> tuple[ModelConfig, str | None, FeatureInfo]:
+    """The configuration, the model's name and the features, from config.json or the tensors.
+
+    Raises:
+        UserError: config.json is damaged, or the tensors are of no known family.
+    """
+    config_file = file.with_name("config.json")
+    document: dict[str, Any] = {}
+    # A .pt file stands alone: a config.json beside it may be another model's.
+    if weights_format(file) != "torch" and config_file.exists():
+        document = read_json(config_file)
+    try:
+        features = FeatureInfo.from_dict(document.get("features", {}))
+        if isinstance(document.get("model"), dict):
+            return read_config(document["model"]), document.get("name"), features
+    except UserError as error:
+        raise UserError(f"{config_file}: {error}") from None
+    except (TypeError, ValueError) as error:  # such as an AMM of two entries
+        raise UserError(f"{config_file} is damaged ({error}); get it again") from None
+    try:
+        return config_from_state_dict(tensors), document.get("name"), features
+    except UserError as error:
+        names = ", ".join(list(tensors)[:3]) or "none"
+        raise UserError(f"{file}: {error}; its first tensors: {names}") from None
 
 
 def _read_file(file: Path, weights: WeightsKind) -> tuple[dict[str, torch.Tensor], str]:
@@ -135,20 +155,25 @@ def _read_file(file: Path, weights: WeightsKind) -> tuple[dict[str, torch.Tensor
     What they are is "ema" or "model", or the file's name.
     """
     if weights_format(file) != "index":
-        return _read_one_file(file, weights)
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in _shards(file):
-        tensors |= _read_one_file(shard, weights)[0]
-    return tensors, _kind_by_name(file)
+        held, kind = _read_one_file(file, weights)
+        return bare_weights(held, file), kind
+    values: dict[Any, Any] = {}
+    for shard, names in _shards(file).items():
+        held, _ = _read_one_file(shard, weights)
+        if absent := [name for name in names if name not in held]:
+            raise UserError(f"{shard} lacks {absent[0]}, which {file} lists; get both again")
+        # A shard may hold more, such as another version of a tensor that the index has elsewhere.
+        values |= {name: held[name] for name in names}
+    return bare_weights(values, file), _kind_by_name(file)
 
 
-def _read_one_file(file: Path, weights: WeightsKind) -> tuple[dict[str, torch.Tensor], str]:
-    """As :func:`_read_file`, of a file that is no index."""
+def _read_one_file(file: Path, weights: WeightsKind) -> tuple[dict[Any, Any], str]:
+    """The state dict of a file that is no index, as it stands there; and which weights it is."""
     if weights_format(file) == "torch":
-        tensors, entry = read_release_weights(file, weights)
-        return tensors, entry or file.name
+        values, entry = read_release_weights(file, weights)
+        return values, entry or file.name
     # read_tensors refuses an index that lists itself.
-    return bare_weights(read_tensors(file), file), _kind_by_name(file)
+    return read_tensors(file), _kind_by_name(file)
 
 
 def _kind_by_name(file: Path) -> str:
@@ -157,20 +182,24 @@ def _kind_by_name(file: Path) -> str:
     return stem if stem in choices(WeightsKind) else file.name
 
 
-def _shards(index: Path) -> list[Path]:
-    """The files that an index lists.
+def _shards(index: Path) -> dict[Path, list[str]]:
+    """The files that an index lists, and the names of the tensors that each contributes.
 
     Raises:
         UserError: one of them is missing or outside the index's folder.
     """
-    names = sorted(set((read_index(index) or {}).values()))
-    for name in names:
+    weight_map = read_index(index) or {}
+    files = sorted(set(weight_map.values()))
+    for name in files:
         if Path(name).name != name or not index.with_name(name).is_file():
             raise UserError(
-                f"{index} lists {len(names)} shards, and {name} is not beside it; "
+                f"{index} lists {len(files)} shards, and {name} is not beside it; "
                 "put all of them into its folder"
             )
-    return [index.with_name(name) for name in names]
+    return {
+        index.with_name(file): [name for name, its_file in weight_map.items() if its_file == file]
+        for file in files
+    }
 
 
 def _check_is_no_shard(file: Path) -> None:
@@ -237,7 +266,8 @@ def _sha256_with_warning(file: Path) -> str:
 
 def check_finite(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Raise a UserError if weights are NaN or infinite. Every image would be, too."""
-    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    # Networks compute in float32, and float8 has no isfinite.
+    broken = [name for name, value in tensors.items() if not value.float().isfinite().all()]
     if broken:
         raise UserError(
             f"{file}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity, {broken[0]} "

@@ -117,6 +117,7 @@ def settings_of(loaded: LoadedModel, config: SamplingConfig) -> dict[str, Any]:
         loaded.vae_name,
         loaded.vae.sha256,
         loaded.image_size,
+        loaded.vae.config_sha256,
     )
 
 
@@ -204,12 +205,14 @@ def _wrong_vae(features: Features, name: str | None, source: str) -> UserError:
 
 
 def _may_be_of(features: FeatureInfo, name: str, vae: VAE) -> bool:
-    """Whether features were made with a VAE, by its hash, else by its name; True if unknown."""
+    """Whether features were made with a VAE, by its hashes, else by its name; True if unknown."""
     if features.vae is None:
         return True
     if None in (features.vae_sha256, vae.sha256):
         return features.vae == name
-    return features.vae_sha256 == vae.sha256
+    configs = features.vae_config_sha256, vae.config_sha256
+    is_same_config = None in configs or configs[0] == configs[1]
+    return features.vae_sha256 == vae.sha256 and is_same_config
 
 
 def _scale_as(features: FeatureInfo, vae: VAE) -> None:

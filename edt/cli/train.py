@@ -52,6 +52,7 @@ from edt.training.trainer import Trainer
 from edt.utils.choices import choices
 from edt.utils.distributed import ignored_launcher_settings
 from edt.utils.errors import UserError
+from edt.utils.weights_format import check_is_utf8
 
 RESUME_RUN = Path("RUN-DIR")  # --resume without a path
 
@@ -221,7 +222,9 @@ def resolve_run_dir(args: argparse.Namespace) -> tuple[Path, Path | None]:
     is_inside_run = resume is not None and resume.name == "checkpoints"
     if is_inside_run and not (resume / "checkpoints").exists():
         resume = resume.parent  # its run is meant
-    return choose_run_dir(args.run_dir, args.results_dir, args.model, resume), resume
+    folder = choose_run_dir(args.run_dir, args.results_dir, args.model, resume)
+    check_is_utf8(folder)  # else its checkpoints could be written, but not read
+    return folder, resume
 
 
 def create_trainer(

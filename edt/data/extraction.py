@@ -359,8 +359,10 @@ def _is_finite(file: Path) -> bool:
 
 
 def _vae_settings(name: str, vae: VAE) -> dict[str, Any]:
-    """The manifest's entry for the VAE. Its name is only a name; hash and shift are compared."""
+    """The manifest's entry for the VAE. Its name is only a name; hashes and shift are compared."""
     settings = {"id": name, "sha256": vae.sha256}
+    if vae.config_sha256 is not None:
+        settings["config_sha256"] = vae.config_sha256
     return {**settings, "shift_factor": vae.shift_factor} if vae.shift_factor else settings
 
 

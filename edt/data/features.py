@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from edt.data.npy_files import changes, load_npy, npy_names, read_numbers
+from edt.utils.choices import check_json_fields
 from edt.utils.errors import UserError
 from edt.utils.files import read_json
 
@@ -63,6 +64,8 @@ class FeatureInfo:
     """Name of the VAE, as the user gave it."""
     vae_sha256: str | None = None
     """Hash of the VAE's weights; None for pixels, which have none."""
+    vae_config_sha256: str | None = None
+    """Hash of the configuration that the VAE computes with."""
     shift_factor: float | None = None
     """This was subtracted from the VAE's own latents before they were scaled; None: nothing."""
     content_sha256: str | None = None
@@ -79,7 +82,12 @@ class FeatureInfo:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FeatureInfo":
-        """Inverse of :meth:`to_dict`. Unknown keys are ignored, missing ones become None."""
+        """Inverse of :meth:`to_dict`. Unknown keys are ignored, missing ones become None.
+
+        Raises:
+            UserError: a value has another type.
+        """
+        check_json_fields(cls, values)
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names})
 
@@ -163,6 +171,7 @@ class Features(torch.utils.data.Dataset[Batch]):
             extraction_seed=manifest.get("seed"),
             vae=vae.get("id"),
             vae_sha256=vae.get("sha256"),
+            vae_config_sha256=vae.get("config_sha256"),
             shift_factor=vae.get("shift_factor"),
             content_sha256=self._content_sha256(),
         )

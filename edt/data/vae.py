@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,19 @@ from edt.utils.errors import UserError
 # channels, fp32). 32 images keep a GPU busy; a full sampling batch could exceed its memory.
 DECODE_BATCH = 32
 
+# The fields of an AutoencoderKL's configuration that change its numbers, but perhaps no tensor.
+# Scaling and shift are recorded on their own. Changing this list changes the hash.
+CONFIG_FIELDS = (
+    "act_fn",
+    "down_block_types",
+    "layers_per_block",
+    "mid_block_add_attention",
+    "norm_num_groups",
+    "up_block_types",
+    "use_post_quant_conv",
+    "use_quant_conv",
+)
+
 
 class VAE(Protocol):
     """The interface of a VAE: images to latents and back.
@@ -28,6 +42,7 @@ class VAE(Protocol):
             scaling_factor, which has about zero mean and unit variance, as diffusion expects. The
             SD-VAE has no shift; its shift_factor is 0.
         sha256: of the weights; None without weights.
+        config_sha256: of the configuration that decides how they are used; None without weights.
     """
 
     channels: int
@@ -35,6 +50,7 @@ class VAE(Protocol):
     scaling_factor: float
     shift_factor: float
     sha256: str | None
+    config_sha256: str | None
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents' posterior.
@@ -56,6 +72,7 @@ class PixelVAE(VAE):
     scaling_factor = 1.0
     shift_factor = 0.0
     sha256 = None
+    config_sha256 = None
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The images themselves, with a standard deviation of zero."""
@@ -82,6 +99,7 @@ class LatentVAE(VAE):
         self.shift_factor = float(autoencoder.config.shift_factor or 0)
         # Hashed before the conversion, so that the hash does not depend on dtype.
         self.sha256 = _weights_sha256(autoencoder.state_dict())
+        self.config_sha256 = _config_sha256(autoencoder.config)
         # diffusers' own .to() warns about layers that need float32; an autoencoder has none.
         torch.nn.Module.to(autoencoder, dtype=dtype)
         # Tensor cores need channels last. In the default layout cuDNN would transpose the input
@@ -117,6 +135,12 @@ def _weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
         content = value.cpu().contiguous().view(torch.uint8).numpy().tobytes()
         digest.update(name.encode() + content)
     return digest.hexdigest()
+
+
+def _config_sha256(config: Mapping[str, Any]) -> str:
+    """SHA-256 of the fields that decide how a VAE computes with its weights."""
+    values = json.dumps([(name, config.get(name)) for name in CONFIG_FIELDS])
+    return hashlib.sha256(values.encode()).hexdigest()
 
 
 def vae_source(name: str) -> str:

@@ -12,12 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from edt.utils.errors import UserError
-from edt.utils.weights_format import weights_format
+from edt.utils.weights_format import check_is_plain, check_is_utf8, weights_format
 
 REACH_TIMEOUT = 5  # seconds
 SUBFOLDERS = ("", "vae")  # of a VAE alone, and of a pipeline with a VAE in it
 REMEDY = "give --vae a folder with a diffusers AutoencoderKL, a hub id, or pixels"
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # of an AutoencoderKL
 
 
 def load_autoencoder(source: str) -> Any:
@@ -34,6 +38,13 @@ def load_autoencoder(source: str) -> Any:
     """
     if Path(source).is_file():
         raise _error(source, "it is a file", "give --vae the folder with it and its config.json")
+    autoencoder = _load_from_folder_or_hub(source)
+    _check_tensors(_folder_of(source, _find_subfolder(source, local_files_only=True)))
+    return autoencoder
+
+
+def _load_from_folder_or_hub(source: str) -> Any:
+    """Load from a folder, else from the hub's cache, else from the hub."""
     if Path(source).is_dir():
         return _load(source)
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*/[\w.-]+", source):
@@ -55,8 +66,7 @@ def _load(source: str, **options: Any) -> Any:
             autoencoder, report = AutoencoderKL.from_pretrained(
                 source, subfolder=subfolder, output_loading_info=True, **options
             )
-    # diffusers raises a RuntimeError where shapes do not fit, and the others where files do not.
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except Exception as error:  # damaged files and configurations can make diffusers raise anything
         _check_files(Path(source) / subfolder)
         raise _error(source, _first_lines(error), REMEDY) from None
     missing = sorted(report["missing_keys"])
@@ -65,6 +75,14 @@ def _load(source: str, **options: Any) -> Any:
             source,
             f"{len(missing)} tensors are missing, such as {', '.join(missing[:3])}",
             "get a complete copy of it",
+        )
+    unused = sorted(name for name in report["unexpected_keys"] if name.startswith(PARTS))
+    if unused:
+        names = ", ".join(unused[:3])
+        raise _error(
+            source,
+            f"its config.json has no place for {len(unused)} tensors, such as {names}",
+            "get the config.json that belongs to the weights",
         )
     return autoencoder
 
@@ -116,15 +134,48 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not is_bool and math.isfinite(value)
 
 
-def _check_files(folder: Path) -> None:
-    """Raise a UserError that says what a file is that diffusers could not read, if it is known."""
+def _weights_files(folder: Path) -> list[Path]:
+    """The files of weights that diffusers reads in a folder."""
     for suffix in ("safetensors", "bin"):
         names = (f"diffusion_pytorch_model.{suffix}", f"diffusion_pytorch_model-*.{suffix}")
         files = sorted(file for name in names for file in folder.glob(name))
-        for file in files:
-            weights_format(file)
         if files:  # diffusers then reads no file of the next suffix
-            return
+            return files
+    return []
+
+
+def _check_files(folder: Path) -> None:
+    """Raise a UserError that says what a file is that diffusers could not read, if it is known."""
+    for file in _weights_files(folder):
+        weights_format(file)
+        check_is_utf8(file)
+
+
+def _folder_of(source: str, subfolder: str) -> Path:
+    """The folder of a loaded VAE's files, which of a hub id is in the hub's cache."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if Path(source).is_dir():
+        return Path(source) / subfolder
+    name = (Path(subfolder) / "config.json").as_posix()
+    cached = try_to_load_from_cache(source, name, cache_dir=constants.HF_HUB_CACHE)
+    return Path(str(cached)).parent
+
+
+def _check_tensors(folder: Path) -> None:
+    """Refuse tensors that diffusers would convert silently, and NaN and infinity.
+
+    Raises:
+        UserError: there are such tensors; the message names file and tensor.
+    """
+    for file in _weights_files(folder):
+        is_bin = file.suffix == ".bin"
+        tensors = torch.load(file, "cpu", weights_only=True) if is_bin else load_file(file)
+        for name, value in tensors.items():
+            if name.startswith(PARTS):
+                check_is_plain(name, value, file)
+                if not value.float().isfinite().all():
+                    raise UserError(f"{file}: {name} holds NaN or infinity; get another copy of it")
 
 
 def _check_hub_is_reachable(source: str) -> None:
@@ -139,6 +190,8 @@ def _check_hub_is_reachable(source: str) -> None:
     remedy = f"put a clone of it into the working directory and give --vae ./{clone}"
     reason = "there is no such folder, it is not in the cache, and HF_HUB_OFFLINE is set"
     if not constants.HF_HUB_OFFLINE:
+        if not re.match("https?://", constants.ENDPOINT):
+            raise UserError(f"HF_ENDPOINT is {constants.ENDPOINT}; write https:// before it")
         request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         try:
             urllib.request.urlopen(request, timeout=REACH_TIMEOUT).close()

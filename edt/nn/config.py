@@ -5,6 +5,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Self
 
+from edt.utils.choices import check_json_fields
 from edt.utils.errors import UserError
 
 
@@ -70,12 +71,13 @@ class ModelConfig:
         """Inverse of ``dataclasses.asdict``.
 
         Raises:
-            UserError: a key is unknown.
+            UserError: a key is unknown, or a value has another type.
         """
         values = {key: value for key, value in values.items() if key != "family"}
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := ", ".join(sorted(set(values) - names)):
             raise UserError(f"unknown model configuration {unknown}; is it from a newer version?")
+        check_json_fields(cls, values)
         return cls(**values)
 
     @classmethod

@@ -34,6 +34,7 @@ def sample_settings(
     vae: str,
     vae_sha256: str | None,
     image_size: int,
+    vae_config_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Everything that the samples depend on, as JSON values.
 
@@ -46,7 +47,9 @@ def sample_settings(
         vae: name of the VAE.
         vae_sha256: hash of its weights; None for "pixels", which has none.
         image_size: pixels per side.
+        vae_config_sha256: hash of the configuration that the VAE computes with; None for "pixels".
     """
+    config_hash = {} if vae_config_sha256 is None else {"vae_config_sha256": vae_config_sha256}
     return {
         **dataclasses.asdict(config),
         "weights": weights,
@@ -55,6 +58,7 @@ def sample_settings(
         "vae": vae,
         "vae_sha256": vae_sha256,
         "image_size": image_size,
+        **config_hash,
         "amm": amm_settings(modulations),
     }
 

@@ -1,10 +1,11 @@
 """Choices. Every set of named options is one ``Literal`` type, in the module that implements them.
 
 The type checker reads the ``Literal``. :func:`choices` gives its values to argparse and to
-messages, and the two checks below compare a value with them at run time.
+messages, and the checks below compare values with them, or with other annotations, at run time.
 """
 
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from edt.utils.errors import UserError
 
@@ -44,3 +45,36 @@ def check_fields(config: object) -> None:
     for name, annotation in get_type_hints(type(config)).items():
         if get_origin(annotation) is Literal:
             check_choice(name, getattr(config, name), annotation)
+
+
+def check_json_fields(dataclass: Any, values: object) -> None:
+    """Compare the types of a JSON object's values with the annotations of a dataclass.
+
+    Args:
+        dataclass: the class; an annotation is a class, ``tuple[X, ...]``, ``list[X]`` or a union.
+        values: read from JSON; keys that are no field are not checked.
+
+    Raises:
+        UserError: it is no object, or a value has another type.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"it holds {values!r} in place of an object; is it damaged?")
+    for name, annotation in get_type_hints(dataclass).items():
+        if name in values and not _is_json_of(values[name], annotation):
+            raise UserError(f"its {name} is {values[name]!r}, of a wrong type; is it damaged?")
+
+
+def _is_json_of(value: object, annotation: Any) -> bool:
+    """Whether JSON writes values of an annotation so: a list for a tuple, 1 for a float."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return value in parts
+    if origin in (UnionType, Union):
+        return any(_is_json_of(value, part) for part in parts)
+    if origin in (tuple, list):
+        return isinstance(value, tuple | list) and all(_is_json_of(x, parts[0]) for x in value)
+    if issubclass(annotation, tuple):  # a NamedTuple
+        return isinstance(value, tuple | list)
+    if isinstance(value, bool):
+        return annotation is bool
+    return isinstance(value, int | float if annotation is float else annotation)

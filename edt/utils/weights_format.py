@@ -5,6 +5,8 @@ import zipfile
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from edt.utils.errors import UserError
 
 WeightsFormat = Literal["torch", "safetensors", "index"]
@@ -14,6 +16,16 @@ ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"  # then the protocol's number
 LEGACY_TORCH = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # the number that torch.save before 1.6 writes first
 LARGEST_HEADER = 100_000_000  # bytes; safetensors itself accepts no longer header
+
+# Weights of these types are numbers. Others stand for numbers together with scales.
+WEIGHT_TYPES = {
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+}
 
 
 def weights_format(path: Path) -> WeightsFormat:
@@ -130,3 +142,38 @@ def _cut_short(path: Path) -> UserError:
         f"{path} is cut short after {size} bytes: its download or its writing did not end; "
         "get it again"
     )
+
+
+def check_is_plain(name: str, value: torch.Tensor, path: Path) -> None:
+    """Check that the numbers of a tensor can be copied into a network.
+
+    Args:
+        name: the tensor's name.
+        value: the tensor.
+        path: the file that holds it.
+
+    Raises:
+        UserError: it has no numbers, it is not dense, or it stands for other numbers.
+    """
+    if value.is_meta:
+        raise UserError(f"{path}: {name} is on the meta device, without numbers; save it again")
+    if value.layout != torch.strided or value.is_nested:
+        raise UserError(f"{path}: {name} is no dense tensor ({value.layout}); export dense ones")
+    is_index = value.dtype == torch.int64 and name.endswith("_index")  # a table of MDTv2
+    if value.dtype not in WEIGHT_TYPES and not is_index:
+        remedy = "quantized weights are not supported; export float ones"
+        raise UserError(f"{path}: {name} is {value.dtype}; {remedy}")
+
+
+def check_is_utf8(path: Path) -> None:
+    """Check a path that safetensors or torch's reader of zip archives is to open.
+
+    Raises:
+        UserError: the path is not UTF-8, which both require.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"the path {path} is not UTF-8, which files of weights need; rename it"
+        ) from None

@@ -234,3 +234,52 @@ def test_a_missing_shard_is_named(sharded):
     sharded.with_name("weights-00002-of-00003.safetensors").unlink()
     with pytest.raises(UserError, match="lists 3 shards, and weights-00002-of-00003.safetensors"):
         load_model(sharded)
+
+
+def test_a_shard_gives_only_what_the_index_lists_in_it(sharded, run_of_two):
+    expected = load_model(run_of_two)[0]
+    first, last = (sharded.with_name(f"weights-0000{i}-of-00003.safetensors") for i in (1, 3))
+    weights = load_file(last)
+    stray = {name: value + 1 for name, value in load_file(first).items()}
+    save_file({**weights, **stray}, last)
+    assert same(load_model(sharded)[0], expected)
+    del weights["pos_embed" if "pos_embed" in weights else next(iter(weights))]
+    save_file(weights, last)
+    with pytest.raises(UserError, match=rf"{last} lacks \S+, which {sharded} lists"):
+        load_model(sharded)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("features", None, "holds None in place of an object; is it damaged"),
+        ("features", [1], r"holds \[1\] in place of an object"),
+        ("features", {"image_size": "16"}, "its image_size is '16', of a wrong type"),
+        ("input_size", "16", "its input_size is '16', of a wrong type; is it damaged"),
+        ("num_heads", 1, "its num_heads is 1, of a wrong type"),
+        ("depths", [2, "2", 2, 3, 3], "its depths is .*, of a wrong type"),
+        ("num_classes", True, "its num_classes is True, of a wrong type"),
+        ("amm", [[1], [2]], "is damaged"),
+        ("family", ["EDT"], "is damaged"),
+    ],
+)
+def test_a_damaged_config_is_named(key, value, message, run_folder, tmp_path):
+    checkpoint = run_folder / "checkpoints" / "0000002"
+    for name in ("ema.safetensors", "config.json"):
+        shutil.copy(checkpoint / name, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config if key == "features" else config["model"])[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"{tmp_path / 'config.json'}.*{message}"):
+        load_model(tmp_path)
+
+
+def test_a_path_that_is_not_utf8_is_refused(run_of_two, tmp_path):
+    source = run_of_two / "checkpoints" / "0000004" / "ema.safetensors"
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    shutil.copy(source, folder / "a.safetensors")
+    torch.save(load_file(source), folder / "b.pt")
+    for name in ("a.safetensors", "b.pt"):
+        with pytest.raises(UserError, match=f"{name} is not UTF-8, which files of weights need"):
+            load_model(folder / name)

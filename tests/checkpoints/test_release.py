@@ -50,7 +50,16 @@ def test_released_files_load(tmp_path, tiny, prefix):
 
 @pytest.mark.parametrize(
     "prefix",
-    ["module._orig_mod.", "module.module.", "model.", "ema_model.module.", "model.module."],
+    [
+        "module._orig_mod.",
+        "module.module.",
+        "model.",
+        "ema_model.module.",
+        "model.module.",
+        "net.",
+        "_module.",
+        "_forward_module.module.",
+    ],
 )
 def test_prefixes_are_stripped_until_none_is_left(prefix, tmp_path, tiny):
     expected = tiny.state_dict()
@@ -212,6 +221,89 @@ def test_unreadable_files_are_named(tmp_path):
 
 
 def test_a_file_without_the_entry_says_what_it_holds(tmp_path):
-    torch.save({"state_dict": {"x": torch.zeros(2)}, "epoch": 3}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"no named tensors as ema \(it holds state_dict, epoch\)"):
+    torch.save({"params": {"x": torch.zeros(2)}, "epoch": 3}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"no named tensors as ema \(it holds params, epoch\)"):
         load_model(tmp_path / "a.pt")
+
+
+def test_the_only_state_dict_of_a_lightning_file_is_taken(tmp_path, tiny):
+    weights = {f"model.{name}": value for name, value in tiny.state_dict().items()}
+    content = {"state_dict": weights, "epoch": 3, "optimizer_states": [], "loops": {"x": 1}}
+    torch.save(content, tmp_path / "a.pt")
+    model, info = load_model(tmp_path / "a.pt")
+    assert same(model, tiny)
+    assert info.weights == "a.pt"
+    torch.save({**content, "state_dict_ema": weights}, tmp_path / "b.pt")
+    with pytest.raises(UserError, match="no named tensors as ema .it holds state_dict, epoch"):
+        load_model(tmp_path / "b.pt")
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, that quantized and sparse tensors are on the way
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: (100 * x).to(torch.int8), "is torch.int8; quantized weights are not supported"),
+        (lambda x: x > 0, "is torch.bool; .*; export float ones"),
+        (lambda x: x.to(torch.complex64), "is torch.complex64"),
+        (lambda x: torch.quantize_per_tensor(x, 0.01, 0, torch.qint8), "is torch.qint8"),
+        (lambda x: x.to("meta"), "is on the meta device"),
+        (lambda x: x.to_sparse(), r"is no dense tensor \(torch.sparse_coo\)"),
+    ],
+)
+def test_weights_that_are_no_plain_numbers_are_refused(change, message, tmp_path, tiny):
+    file, weights = tmp_path / "a.pt", tiny.state_dict()
+    weights["x_embedder.proj.bias"] = change(weights["x_embedder.proj.bias"])
+    torch.save({"ema": weights}, file)
+    with pytest.raises(UserError, match=f"{file}: x_embedder.proj.bias {message}"):
+        read_weights(file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_every_float_type_loads_as_its_own_numbers(dtype, suffix, tmp_path, tiny):
+    rounded = {name: value.to(dtype) for name, value in tiny.state_dict().items()}
+    file = tmp_path / f"a{suffix}"
+    save_file(rounded, file) if suffix == ".safetensors" else torch.save(rounded, file)
+    loaded = load_model(file)[0].state_dict()
+    assert all(torch.equal(loaded[name], value.float()) for name, value in rounded.items())
+    if dtype.itemsize == 1:
+        scaled = {**rounded, "pos_embed_scale": torch.ones(1)}
+        save_file(scaled, file) if suffix == ".safetensors" else torch.save(scaled, file)
+        with pytest.raises(UserError, match="8-bit weights with scales, such as pos_embed_scale"):
+            load_model(file)
+    integers = {**rounded, "pos_embed": rounded["pos_embed"].to(torch.int32)}
+    save_file(integers, file) if suffix == ".safetensors" else torch.save(integers, file)
+    with pytest.raises(UserError, match=f"{file}: pos_embed is torch.int32"):
+        load_model(file)
+
+
+def test_a_key_that_is_no_name_is_refused(tmp_path, tiny):
+    torch.save({**tiny.state_dict(), 0: torch.zeros(2, 2)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="a.pt is no state dict: its key 0 is no name"):
+        load_model(tmp_path / "a.pt")
+
+
+def test_tensors_of_no_model_are_named(tmp_path):
+    weights = {f"denoiser.{name}": torch.zeros(2, 2) for name in "abcd"}
+    torch.save(weights, tmp_path / "a.pt")
+    message = f"{tmp_path / 'a.pt'}: the checkpoint is not an EDT.*denoiser.a, denoiser.b, denoi"
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "a.pt")
+
+
+def test_changed_bytes_are_noticed(tmp_path, tiny):
+    """A file of full length, whose archive has a checksum of each tensor."""
+    file = tmp_path / "a.pt"
+    torch.save(tiny.state_dict(), file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="a.pt is damaged .Bad CRC-32"):
+        load_model(file)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tiny.state_dict(), file)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert same(load_model(file)[0], tiny)

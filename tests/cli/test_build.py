@@ -110,12 +110,21 @@ def test_another_vae_is_refused_before_the_run_starts(latents, vae, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
-def test_other_weights_under_the_same_path_are_refused(images, vae, tmp_path):
+def test_another_vae_under_the_same_path_is_refused(images, vae, tmp_path):
     folder = shutil.copytree(vae, tmp_path / "vae")
     extract_latents(images, tmp_path / "features", folder)
     features = open_features(tmp_path / "features")
     assert load_vae_for_training(str(folder), features, is_needed=False, device=CPU) is None
     assert load_vae_for_training(None, features, is_needed=True, device=CPU) is not None
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "norm_num_groups": 2}))
+    with pytest.raises(UserError, match=f"not what is now {folder}"):
+        load_vae_for_training(str(folder), features, is_needed=True, device=CPU)
+    manifest = json.loads((features.path / "manifest.json").read_text())
+    del manifest["vae"]["config_sha256"]  # earlier versions wrote none
+    (features.path / "manifest.json").write_text(json.dumps(manifest))
+    old = open_features(features.path)
+    assert load_vae_for_training(str(folder), old, is_needed=True, device=CPU) is not None
     shutil.rmtree(folder)
     other_vae(vae, folder)
     for name, remedy in ((str(folder), "leave --vae out"), (None, "leave --sample-every out")):

@@ -50,6 +50,17 @@ def test_resume_without_a_checkpoint_is_refused(features, run_folder, tmp_path, 
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
+def test_a_run_folder_whose_path_is_not_utf8_is_refused(features, tmp_path, capsys):
+    """safetensors would write its checkpoints, and not read them."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    for option in ("--run-dir", "--results-dir"):
+        argv = [*TRAIN, "--feature-path", features, option, folder, "--max-steps", 3]
+        assert "is not UTF-8, which files of weights need" in fails(
+            train_mask_adan.main, argv, capsys
+        )
+    assert not folder.exists()
+
+
 def test_resume_of_another_run_is_refused(features, run_folder, tmp_path, capsys):
     argv = continued(run_folder, features, tmp_path / "run")
     for change, message in (

@@ -309,6 +309,9 @@ def test_a_vae_is_known_by_its_weights_not_by_its_path(large_images, vae, tmp_pa
     (moved / "config.json").write_text(json.dumps({**config, "shift_factor": 0.5}))
     argv = arguments(large_images, tmp_path / "f", vae=moved)
     assert "'shift_factor': 0.5" in fails(extract_features.main, argv, capsys)
+    groups = config["norm_num_groups"] // 2
+    (moved / "config.json").write_text(json.dumps({**config, "norm_num_groups": groups}))
+    assert "made with different settings (vae" in fails(extract_features.main, argv, capsys)
     (moved / "config.json").write_text(json.dumps(config))
     weights = load_file(moved / "diffusion_pytorch_model.safetensors")
     weights["decoder.conv_in.bias"] += 1

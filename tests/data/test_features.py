@@ -232,6 +232,7 @@ def test_a_record_may_lack_fields_or_have_unknown_ones():
     assert FeatureInfo().to_dict() == {}
     assert [field.name for field in dataclasses.fields(FeatureInfo)] == [
         *INFO,
+        "vae_config_sha256",
         "shift_factor",
         "content_sha256",
     ]

@@ -109,6 +109,22 @@ def test_the_hash_is_of_the_weights_not_of_the_files(vae, folder, tmp_path):
     assert load_vae(str(tmp_path / "changed")).sha256 != vae.sha256
 
 
+def test_the_second_hash_is_of_how_the_weights_are_used(vae, folder, tmp_path):
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    assert load_vae("pixels").config_sha256 is None
+    for name, value, is_same in (
+        ("norm_num_groups", config["norm_num_groups"] // 2, False),
+        ("act_fn", "relu", False),
+        ("scaling_factor", 0.5, True),
+        ("force_upcast", False, True),
+    ):
+        (changed / "config.json").write_text(json.dumps({**config, name: value}))
+        other = load_vae(str(changed))
+        assert other.sha256 == vae.sha256
+        assert (other.config_sha256 == vae.config_sha256) is is_same, name
+
+
 def test_bfloat16_decodes_nearly_the_same(vae, folder, images):
     latents, _ = vae.encode(images)
     rounded = load_vae(str(folder), dtype=torch.bfloat16)

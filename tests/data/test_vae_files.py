@@ -1,6 +1,8 @@
 """Broken and foreign VAEs are refused when they are loaded, in one line."""
 
 import json
+import math
+import os
 import shutil
 import socket
 
@@ -75,6 +77,26 @@ def change_weights(folder, change):
         (lambda f: change_config(f, scaling_factor=float("nan")), "config.json is NaN)"),
         (lambda f: change_config(f, shift_factor="a"), 'shift_factor in its config.json is "a")'),
         (lambda f: change_config(f, latents_mean=[0.0] * 4), "latents_mean are not supported"),
+        (
+            lambda f: change_config(f, use_quant_conv=False),
+            "no place for 2 tensors, such as quant_conv.bias, quant_conv.weight)",
+        ),
+        (
+            lambda f: change_config(f, mid_block_add_attention=False),
+            "its config.json has no place for",
+        ),
+        (lambda f: change_config(f, act_fn=None), "cannot load the VAE"),
+        (lambda f: change_config(f, norm_num_groups=0), "cannot load the VAE"),
+        (
+            lambda f: change_weights(f, lambda w: w["decoder.conv_in.bias"].fill_(math.nan)),
+            f"{WEIGHTS}: decoder.conv_in.bias holds NaN or infinity",
+        ),
+        (
+            lambda f: change_weights(
+                f, lambda w: w.update({"decoder.conv_in.bias": w["decoder.conv_in.bias"].int()})
+            ),
+            f"{WEIGHTS}: decoder.conv_in.bias is torch.int32; quantized weights are not supported",
+        ),
         (lambda f: change_config(f, _class_name="VQModel"), "(it is a VQModel)"),
     ],
 )
@@ -157,3 +179,33 @@ def test_without_a_network_the_cache_is_used(closed, whole, tmp_path, capfd):
     (repository / "snapshots" / ("a" * 40) / "vae" / WEIGHTS).unlink()
     with pytest.raises(UserError, match="no network"):
         load_vae("some/pipeline")
+
+
+@pytest.mark.parametrize("name", ["torch_file", "hub"])
+def test_tensors_are_checked_wherever_the_vae_comes_from(name, closed, whole, tmp_path):
+    """In a .bin file, and in the cache of the hub."""
+    folder = tmp_path / "vae"
+    if name == "hub":
+        repository = tmp_path / "cache" / "models--some--vae"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("a" * 40)
+        folder = repository / "snapshots" / ("a" * 40)
+    shutil.copytree(whole, folder)
+    weights = load_file(folder / WEIGHTS)
+    weights["encoder.conv_in.bias"] = weights["encoder.conv_in.bias"].int()
+    (folder / WEIGHTS).unlink()
+    torch.save(weights, folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="encoder.conv_in.bias is torch.int32"):
+        load_vae("some/vae" if name == "hub" else str(folder))
+
+
+def test_a_vae_in_a_path_that_is_not_utf8_is_refused(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(UserError, match="is not UTF-8"):
+        load_vae(str(folder))
+
+
+def test_an_address_of_the_hub_without_a_scheme_is_named(closed, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "hub.example.org")
+    with pytest.raises(UserError, match="HF_ENDPOINT is hub.example.org; write https:// before"):
+        load_vae("some/vae")

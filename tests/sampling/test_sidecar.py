@@ -75,6 +75,7 @@ def test_the_same_hashes_under_other_names_are_accepted(settings, tmp_path):
     open_sample_folder(tmp_path, {**settings, "vae": "/new/vae", "weights": "model"})
     with pytest.raises(UserError, match="vae: /old/vae -> pixels, vae_sha256: 2.* -> None"):
         open_sample_folder(tmp_path, {**settings, "vae": "pixels", "vae_sha256": None})
+    open_sample_folder(tmp_path, {**settings, "vae_config_sha256": "3" * 64})  # not recorded
 
 
 def test_a_recipe_of_version_01_is_accepted(settings, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import pkgutil
+import re
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -18,7 +19,7 @@ from edt.nn.precision import PRECISIONS, Precision
 from edt.sampling.config import GUIDANCE_CHANNELS, GuidanceChannels
 from edt.training.config import PASS_NOISES, PassNoise
 from edt.training.optim import OPTIMIZERS, OptimizerName
-from edt.utils.choices import check_choice, choices
+from edt.utils.choices import check_choice, check_json_fields, choices
 from edt.utils.errors import UserError
 
 TABLES = [
@@ -82,3 +83,31 @@ def test_a_choice_is_checked():
     check_choice("colour", "red", Literal["red", "blue"])
     with pytest.raises(UserError, match="unknown colour 'green'; choose one of red, blue"):
         check_choice("colour", "green", Literal["red", "blue"])
+
+
+def test_values_of_json_are_compared_with_annotations():
+    @dataclasses.dataclass
+    class Config:
+        size: int | None
+        scale: float
+        names: list[str]
+        kind: Literal["a", "b"]
+        is_fast: bool
+
+    right = {"size": 1, "scale": 2, "names": ["x"], "kind": "a", "is_fast": True, "other": ""}
+    for change in ({}, {"size": None}, {"scale": 0.5}, {"names": []}):
+        check_json_fields(Config, {**right, **change})
+    for name, value in (
+        ("size", "1"),
+        ("size", 1.5),
+        ("size", True),
+        ("scale", None),
+        ("names", "x"),
+        ("names", [1]),
+        ("kind", "c"),
+        ("is_fast", 1),
+    ):
+        with pytest.raises(UserError, match=f"its {name} is {re.escape(repr(value))}, of a wrong"):
+            check_json_fields(Config, {**right, name: value})
+    with pytest.raises(UserError, match="holds None in place of an object"):
+        check_json_fields(Config, None)

@@ -115,3 +115,10 @@ def test_a_hash_decides_over_the_name_beside_it():
     assert differences(nested, {"vae": {"id": "b", "sha256": "1"}}) == ""
     assert differences(nested, {"vae": {"id": "b", "sha256": "2"}})
     assert differences(nested, {"vae": {"id": "a", "sha256": "1", "shift_factor": 0.1}})
+
+
+def test_a_hash_of_a_configuration_that_was_not_recorded_fits_any():
+    old, new = {"vae_sha256": "1"}, {"vae_sha256": "1", "vae_config_sha256": "2"}
+    assert differences(old, new) == differences(new, old) == ""
+    other = {"vae_sha256": "1", "vae_config_sha256": "3"}
+    assert differences(new, other) == "vae_config_sha256: 2 -> 3"
