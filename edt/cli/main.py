@@ -13,7 +13,7 @@ INTERRUPTED = "interrupted; finished files are complete, and the same command co
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of a path that a user gave, or that a user moved or locked while the script ran.
 BAD_PATH = (
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
 )
 
