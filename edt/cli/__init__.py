@@ -7,4 +7,4 @@ import os
 # they sleep sooner. OpenMP reads the variable when torch is loaded, so it is set before, at the
 # first import of a script. A user's own setting wins.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
