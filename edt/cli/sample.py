@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--num-images", type=COUNT, default=50_000, help="over all processes")
     p.add_argument("--per-proc-batch-size", type=COUNT, default=50, help="images per batch")
-    p.add_argument("--global-seed", type=int, dest="seed", help="fixes noise and labels")
+    p.add_argument("--seed", "--global-seed", type=int, help="fixes noise and labels")
     p.add_argument(
         "--labels",
         metavar="LABELS",

@@ -211,7 +211,7 @@ def _add_method_arguments(g: argparse._ArgumentGroup) -> None:
         help="how timesteps are drawn",
     )
     add("--min-snr-gamma", type=positive, help="gamma of the loss weight min(SNR, gamma) / SNR")
-    add("--global-seed", type=int, dest="seed", help="seed of weights, data order and noise")
+    add("--seed", "--global-seed", type=int, help="seed of weights, data order and noise")
 
 
 def resolve_run_dir(args: argparse.Namespace) -> tuple[Path, Path | None]:
