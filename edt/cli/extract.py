@@ -94,9 +94,9 @@ def add_config_arguments(p: argparse.ArgumentParser) -> None:
         help="images per file of the packed layout (default: %(default)s)",
     )
     p.add_argument(
+        "--seed",
         "--global-seed",
         type=int,
-        dest="seed",
         help="seed of flips and posterior samples (default: %(default)s)",
     )
     p.set_defaults(**dataclasses.asdict(ExtractionConfig()))

@@ -37,6 +37,23 @@ def assert_same_gradients(expected: torch.nn.Module, model: torch.nn.Module) -> 
         assert difference.norm() <= 1e-5 * parameter.grad.norm(), name
 
 
+def assert_step_equals_single_passes(
+    trainer: Trainer, reference: torch.nn.Module, batch: Batch, inputs: StepInputs
+) -> None:
+    """Compare a step with one call of a reference per pass: the losses and the gradients."""
+    losses = []
+    for pass_inputs in inputs.passes:
+        labels = torch.where(pass_inputs.drop, NUM_CLASSES, batch.labels)
+        x_t = trainer.diffusion.q_sample(batch.stored, inputs.t, pass_inputs.noise)
+        output = reference(x_t, inputs.t, labels, pass_inputs.masks)
+        terms = trainer.diffusion.losses(output, batch.stored, x_t, inputs.t, pass_inputs.noise)
+        losses.append(terms.loss)
+    sum((inputs.weight * loss).mean() for loss in losses).backward()
+    report = trainer.train_step(batch, inputs)
+    torch.testing.assert_close(report.losses, torch.stack(losses, dim=1), rtol=1e-5, atol=1e-6)
+    assert_same_gradients(reference, trainer.model)
+
+
 def golden_step(step: int) -> tuple[Batch, StepInputs]:
     """The batch and the inputs of a step of the release, counted from 1."""
 
@@ -123,17 +140,7 @@ def test_passes_together_or_apart_have_the_gradients_of_two_independent_ones(
     for model in (trainer.model, reference):  # EDT-XL has a mask inside stage 1
         model.config = dataclasses.replace(model.config, mid_mask_block=mid_mask_block)
     batch, inputs = tiny_batch(0), trainer.draw_inputs()
-    losses = []
-    for pass_inputs in inputs.passes:
-        labels = torch.where(pass_inputs.drop, NUM_CLASSES, batch.labels)
-        x_t = trainer.diffusion.q_sample(batch.stored, inputs.t, pass_inputs.noise)
-        output = reference(x_t, inputs.t, labels, pass_inputs.masks)
-        terms = trainer.diffusion.losses(output, batch.stored, x_t, inputs.t, pass_inputs.noise)
-        losses.append(terms.loss)
-    sum((inputs.weight * loss).mean() for loss in losses).backward()
-    report = trainer.train_step(batch, inputs)
-    torch.testing.assert_close(report.losses, torch.stack(losses, dim=1), rtol=1e-5, atol=1e-6)
-    assert_same_gradients(reference, trainer.model)
+    assert_step_equals_single_passes(trainer, reference, batch, inputs)
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
@@ -145,17 +152,7 @@ def test_the_passes_of_mdtv2_go_through_one_after_the_other(noise, micro_batch_s
     )
     batch, inputs = tiny_batch(0), trainer.draw_inputs()
     assert inputs.passes[0].masks is None
-    losses = []
-    for pass_inputs in inputs.passes:
-        labels = torch.where(pass_inputs.drop, NUM_CLASSES, batch.labels)
-        x_t = trainer.diffusion.q_sample(batch.stored, inputs.t, pass_inputs.noise)
-        output = reference(x_t, inputs.t, labels, pass_inputs.masks)
-        terms = trainer.diffusion.losses(output, batch.stored, x_t, inputs.t, pass_inputs.noise)
-        losses.append(terms.loss)
-    sum((inputs.weight * loss).mean() for loss in losses).backward()
-    report = trainer.train_step(batch, inputs)
-    torch.testing.assert_close(report.losses, torch.stack(losses, dim=1), rtol=1e-5, atol=1e-6)
-    assert_same_gradients(reference, trainer.model)
+    assert_step_equals_single_passes(trainer, reference, batch, inputs)
 
 
 @pytest.mark.parametrize(
